@@ -1,0 +1,287 @@
+"""Model and run configuration: plain dataclasses, saved as JSON beside every run and checkpoint.
+
+A field carries the name of the Megatron-LM flag that sets it (``arguments.py`` maps flags to fields by
+name), so a saved configuration reads like the command line that made it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megatron_sharedproj.variants import AttentionVariant, get_variant
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a model: everything that its weights and its function depend on.
+
+    Sizes are in elements; dropouts are probabilities. ``padded_vocab_size`` is the number of rows of
+    the embedding, the same at any tensor-parallel size.
+    """
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    padded_vocab_size: int
+    max_position_embeddings: int
+    attention_variant: str = "qkv"
+    num_query_groups: int = 0  # 0: as many as heads
+    kv_channels: int = 0  # 0: hidden_size / heads
+    ffn_hidden_size: int = 0  # 0: 4 * hidden_size
+    position_embedding_type: str = "learned_absolute"
+    rotary_base: int = 10000
+    rotary_percent: float = 1.0
+    normalization: str = "LayerNorm"
+    layernorm_epsilon: float = 1e-5
+    activation: str = "gelu_tanh"  # gelu (exact), gelu_tanh (Megatron's fused form), swiglu
+    add_bias_linear: bool = True
+    untie_embeddings_and_output_weights: bool = False
+    qk_layernorm: bool = False
+    attention_dropout: float = 0.1
+    hidden_dropout: float = 0.1
+    init_method_std: float = 0.02
+    scaled_init: bool = True  # output projections initialised with std / sqrt(2 * layers)
+
+    def __post_init__(self) -> None:
+        variant = get_variant(self.attention_variant)
+        sizes = (
+            "num_layers",
+            "hidden_size",
+            "num_attention_heads",
+            "padded_vocab_size",
+            "max_position_embeddings",
+        )
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        for name in ("num_query_groups", "kv_channels", "ffn_hidden_size"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1, or left out"
+                )
+        defaults = {
+            "attention_variant": variant.name,
+            "num_query_groups": self.num_query_groups or self.num_attention_heads,
+            "ffn_hidden_size": self.ffn_hidden_size or 4 * self.hidden_size,
+        }
+        if not self.kv_channels:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"--hidden-size {self.hidden_size}: not divisible by --num-attention-heads "
+                    f"{self.num_attention_heads}; change one or give --kv-channels"
+                )
+            defaults["kv_channels"] = self.hidden_size // self.num_attention_heads
+        for name, value in defaults.items():
+            object.__setattr__(self, name, value)
+        self._check(variant)
+
+    def _check(self, variant: AttentionVariant) -> None:
+        variant.check_groups(self.num_attention_heads, self.num_query_groups)
+        choices = {
+            "position_embedding_type": ("learned_absolute", "rope", "none"),
+            "normalization": ("LayerNorm", "RMSNorm"),
+            "activation": ("gelu", "gelu_tanh", "swiglu"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} {getattr(self, name)}: choose one of {', '.join(allowed)}")
+        if self.position_embedding_type == "rope" and variant.tied_kv:
+            raise ValueError(
+                f"--position-embedding-type rope: with --attention-variant {variant.name} key and value are "
+                "one tensor, and what a rotation does to the value has to be chosen (--kv-rotary, not "
+                "available yet); use learned_absolute, or the untied variants qkv and q_eq_k"
+            )
+        if self.qk_layernorm and (variant.tied_kv or variant.tied_qk):
+            raise ValueError(
+                f"--qk-layernorm: with --attention-variant {variant.name} the key is shared with another "
+                "role, which a norm on the key alone would untie; available for qkv only"
+            )
+        if self.position_embedding_type == "rope" and (
+            self.kv_channels % 2 or not 0 < self.rotary_percent <= 1
+        ):
+            raise ValueError(
+                f"--rotary-percent {self.rotary_percent}: must be in (0, 1], and --kv-channels "
+                f"{self.kv_channels} even"
+            )
+        for name, value in (
+            ("init-method-std", self.init_method_std),
+            ("norm-epsilon", self.layernorm_epsilon),
+        ):
+            if not 0 < value < float("inf"):
+                raise ValueError(f"--{name} {value}: must be positive")
+        for name in ("attention_dropout", "hidden_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be in [0, 1)")
+
+    @property
+    def variant(self) -> AttentionVariant:
+        return get_variant(self.attention_variant)
+
+    def replace(self, **changes: Any) -> ModelConfig:
+        return dataclasses.replace(self, **changes)
+
+
+@dataclass
+class ParallelConfig:
+    """How the work is split. Sizes are numbers of ranks."""
+
+    tensor_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+    use_distributed_optimizer: bool = False
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    distributed_backend: str = ""  # empty: nccl on GPUs, gloo on CPUs
+    distributed_timeout_minutes: int = 10
+    transformer_impl: str = "local"
+
+
+@dataclass
+class TrainConfig:
+    """Steps, batch, optimizer and schedule. Batches are in sequences, lengths in tokens."""
+
+    seq_length: int = 0
+    micro_batch_size: int = 1
+    global_batch_size: int = 0  # 0: micro batch x data-parallel size
+    train_iters: int = 0
+    eval_interval: int = 1000
+    eval_iters: int = 100
+    seed: int = 1234
+    bf16: bool = False
+    fp16: bool = False
+    lr: float = 0.0
+    min_lr: float = 0.0
+    lr_decay_style: str = "cosine"
+    lr_warmup_iters: int = 0
+    lr_warmup_fraction: float | None = None
+    lr_decay_iters: int = 0  # 0: train_iters
+    weight_decay: float = 0.01
+    weight_decay_on_all: bool = False
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+    require_kernel: bool = False
+    exit_interval: int = 0
+    exit_duration_in_mins: float = 0.0
+
+
+@dataclass
+class DataConfig:
+    """Indexed data sets, the tokenizer and loading."""
+
+    data_path: list[str] = field(default_factory=list)
+    train_data_path: list[str] = field(default_factory=list)
+    valid_data_path: list[str] = field(default_factory=list)
+    test_data_path: list[str] = field(default_factory=list)
+    split: str = "969,30,1"
+    data_cache_path: str = ""
+    tokenizer_type: str = "HuggingFaceTokenizer"
+    tokenizer_model: str = ""
+    vocab_file: str = ""
+    merge_file: str = ""
+    vocab_size: int = 0
+    num_workers: int = 2
+
+
+@dataclass
+class CheckpointConfig:
+    """Where and when to save, and from where to load."""
+
+    save: str = ""
+    load: str = ""
+    save_interval: int = 1000
+    finetune: bool = False
+    no_load_optim: bool = False
+    no_load_rng: bool = False
+    no_save_optim: bool = False
+
+
+@dataclass
+class LogConfig:
+    """What is written and how often (in iterations)."""
+
+    log_interval: int = 100
+    tensorboard_dir: str = ""
+    wandb_project: str = ""
+    wandb_exp_name: str = ""
+    log_throughput: bool = False
+
+
+@dataclass
+class RunConfig:
+    """One training run: all that is needed to start it again."""
+
+    model: ModelConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration dataclass as a JSON-ready dictionary."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type[T], values: dict[str, Any]) -> T:
+    """Build a configuration dataclass from :func:`to_dict`'s dictionary.
+
+    Raises:
+        ValueError: naming the fields that this version does not know.
+    """
+    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(
+            f"{cls.__name__}: unknown field(s) {', '.join(unknown)}; written by a newer version?"
+        )
+    nested = _NESTED.get(cls, {})
+    return cls(**{k: from_dict(nested[k], v) if k in nested else v for k, v in values.items()})
+
+
+_NESTED: dict[type, dict[str, type]] = {
+    RunConfig: {
+        "model": ModelConfig,
+        "parallel": ParallelConfig,
+        "train": TrainConfig,
+        "data": DataConfig,
+        "checkpoint": CheckpointConfig,
+        "log": LogConfig,
+    }
+}
+
+
+def write_json(path: str | Path, payload: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    temporary.write_text(json.dumps(payload, indent=2, sort_keys=False) + "\n")
+    os.replace(temporary, path)
+
+
+def _paper(**shape: Any) -> ModelConfig:
+    # The released code's block: GPT-2 style, exact GELU, no output-init scaling (paper.md, section 2).
+    return ModelConfig(
+        padded_vocab_size=50304,
+        max_position_embeddings=2048,
+        activation="gelu",
+        attention_dropout=0.0,
+        hidden_dropout=0.1,
+        scaled_init=False,
+        **shape,
+    )
+
+
+PRESETS: dict[str, ModelConfig] = {
+    "300m": _paper(num_layers=20, hidden_size=1024, num_attention_heads=16),
+    "1b": _paper(num_layers=22, hidden_size=2048, num_attention_heads=32),
+}
