@@ -1,0 +1,265 @@
+"""The one seam between CPU and GPU: the rest of the code asks a :class:`Device` and never branches.
+
+Megatron-Core has no device abstraction (it writes ``device="cuda"`` and ``torch.cuda.current_device()``
+in its engine), so on a machine without a GPU :class:`CpuDevice` gives *its modules* another ``torch``:
+the name ``torch`` inside ``megatron.core.*`` becomes a forwarding object whose CUDA names mean the CPU.
+``torch`` and ``torch.cuda`` themselves stay as they are for everybody else. With it Megatron-Core's own
+data-parallel, optimizer, schedule and checkpoint code runs on two CPU cores, the code that runs on GPUs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.abc
+import importlib.machinery
+import logging
+import os
+import resource
+import sys
+from types import ModuleType
+from typing import Any
+
+import torch
+
+_ENGINE = "megatron.core"
+
+
+class Device:
+    """What the trainer needs to know of the hardware."""
+
+    type = "cpu"
+    backend = "gloo"
+    supports_low_precision_optimizer = False  # Megatron's bf16/fp16 and distributed optimizers
+
+    def install(self) -> None:
+        """Make Megatron-Core run on this device; idempotent, before the first use of it."""
+
+    def setup(self, local_rank: int) -> torch.device:
+        """Select this process's device."""
+        return torch.device("cpu")
+
+    def synchronize(self) -> None:
+        """Wait for queued work, so that a wall-clock time means something."""
+
+    def rng_state(self) -> torch.Tensor:
+        """State of the generator that dropout draws from: uint8 tensor on the CPU."""
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: torch.Tensor) -> None:
+        torch.set_rng_state(state)
+
+    def peak_memory_bytes(self) -> int:
+        """Largest memory use of this process so far, bytes."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def total_memory_bytes(self) -> int:
+        """Memory that this process may use, bytes: the device's, or its share of the machine's."""
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // processes
+
+    def describe(self) -> str:
+        return f"cpu ({torch.get_num_threads()} thread(s) per process)"
+
+
+class CpuDevice(Device):
+    """CPU: gloo, fp32, and the scoped ``torch`` for Megatron-Core's modules."""
+
+    def install(self) -> None:
+        if not any(isinstance(finder, _ScopedFinder) for finder in sys.meta_path):
+            sys.meta_path.insert(0, _ScopedFinder())
+        for name, module in list(sys.modules.items()):
+            if name.startswith(_ENGINE):
+                _scope(module)
+        # Megatron warns when its "GPU" streams move the CPU generator; here they are the CPU generator.
+        logging.getLogger(f"{_ENGINE}.tensor_parallel.random").addFilter(_no_rng_warning)
+
+
+class CudaDevice(Device):
+    """One NVIDIA GPU per process, NCCL; Megatron-Core as it is."""
+
+    type = "cuda"
+    backend = "nccl"
+    supports_low_precision_optimizer = True
+
+    def setup(self, local_rank: int) -> torch.device:
+        count = torch.cuda.device_count()
+        if local_rank >= count:
+            raise ValueError(
+                f"--nproc-per-node: local rank {local_rank} has no GPU, this machine has {count}; start at "
+                "most one process per GPU"
+            )
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def rng_state(self) -> torch.Tensor:
+        return torch.cuda.get_rng_state()
+
+    def set_rng_state(self, state: torch.Tensor) -> None:
+        torch.cuda.set_rng_state(state)
+
+    def peak_memory_bytes(self) -> int:
+        return torch.cuda.max_memory_allocated()
+
+    def total_memory_bytes(self) -> int:
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+
+    def describe(self) -> str:
+        return torch.cuda.get_device_name()
+
+
+def get_device() -> Device:
+    """The device of this process: a GPU where torch finds one, else the CPU."""
+    return CudaDevice() if torch.cuda.is_available() else CpuDevice()
+
+
+# --- CPU: what Megatron-Core's modules see instead of torch ---------------------------------------------
+
+
+class _Forwarding:
+    """Looks like ``target`` except for the names set on it; caches what it forwards."""
+
+    def __init__(self, target: Any, **overrides: Any):
+        self.__dict__["_target"] = target
+        self.__dict__.update(overrides)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._target, name)
+        if not name.startswith("__"):
+            self.__dict__[name] = value
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._target, name, value)
+        self.__dict__.pop(name, None)
+
+
+class _NoStream:
+    """A CUDA stream or event on a device that has no queue: everything is already done."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        pass
+
+    def wait_stream(self, stream: Any) -> None:
+        pass
+
+    def wait_event(self, event: Any) -> None:
+        pass
+
+    def record_event(self, event: Any = None) -> _NoStream:
+        return self
+
+    def record(self, stream: Any = None) -> None:
+        pass
+
+    def wait(self, stream: Any = None) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+def _on_cpu(factory: Any) -> Any:
+    def create(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = torch.device("cpu")
+        return factory(*args, **kwargs)
+
+    return create
+
+
+def _scoped_torch() -> _Forwarding:
+    cpu = torch.device("cpu")
+    nothing = _on_cpu(lambda *args, **kwargs: None)
+
+    def get_state(device: Any = None) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(state: torch.Tensor, device: Any = None) -> None:
+        torch.set_rng_state(state)
+
+    random = _Forwarding(torch.cuda.random, get_rng_state=get_state, set_rng_state=set_state)
+    cuda = _Forwarding(
+        torch.cuda,
+        current_device=lambda: cpu,
+        synchronize=nothing,
+        empty_cache=nothing,
+        current_stream=_NoStream,
+        default_stream=_NoStream,
+        stream=lambda stream: contextlib.nullcontext(),
+        Stream=_NoStream,
+        Event=_NoStream,
+        manual_seed=torch.manual_seed,
+        get_rng_state=get_state,
+        set_rng_state=set_state,
+        random=random,
+        is_current_stream_capturing=lambda: False,
+    )
+    factories = ("zeros", "ones", "empty", "full", "tensor", "arange", "rand", "randn", "as_tensor")
+    likes = ("zeros_like", "ones_like", "empty_like", "full_like")
+    created = {name: _on_cpu(getattr(torch, name)) for name in factories + likes}
+    return _Forwarding(torch, cuda=cuda, **created)
+
+
+_TORCH = _scoped_torch()
+
+
+def _set_rng_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
+    torch.set_rng_state(new_state)
+
+
+def _clip_grad_by_total_norm(
+    parameters: Any, max_norm: float, total_norm: float, use_decoupled_grad: bool = False
+) -> None:
+    parameters = [parameters] if isinstance(parameters, torch.Tensor) else parameters
+    name = "decoupled_grad" if use_decoupled_grad else "grad"
+    grads = [getattr(p, name).detach() for p in parameters if getattr(p, name, None) is not None]
+    coefficient = max_norm / (total_norm + 1.0e-6)
+    if grads and coefficient < 1.0:
+        torch._foreach_mul_(grads, coefficient)
+
+
+# Functions whose bodies demand CUDA by more than a device name. There is no public hook for either:
+# the first sets the CUDA generator through torch._C, the second asserts 'torch.cuda.FloatTensor'.
+_REPLACED = {
+    "_set_cuda_rng_state": _set_rng_state,
+    "clip_grad_by_total_norm_fp32": _clip_grad_by_total_norm,
+}
+
+
+def _no_rng_warning(record: logging.LogRecord) -> bool:
+    return "CPU RNG state changed" not in record.getMessage()
+
+
+def _scope(module: ModuleType) -> None:
+    if module.__dict__.get("torch") is torch:
+        module.__dict__["torch"] = _TORCH
+    for name, replacement in _REPLACED.items():
+        if name in module.__dict__:
+            module.__dict__[name] = replacement
+
+
+class _ScopedLoader(importlib.machinery.SourceFileLoader):
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        _scope(module)
+
+
+class _ScopedFinder(importlib.abc.MetaPathFinder):
+    """Scopes Megatron-Core's modules as they are imported, the late ones too."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        if not fullname.startswith(_ENGINE):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
+        if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+            spec.loader = _ScopedLoader(spec.loader.name, spec.loader.path)
+        return spec

@@ -1,0 +1,88 @@
+"""Process groups and random streams: what has to exist before a model is built."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import random
+import socket
+
+import numpy
+import torch
+import torch.distributed
+
+from megatron_sharedproj.device import Device
+
+
+def world_size() -> int:
+    """Processes that torchrun started (1 without torchrun)."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def initialize(
+    device: Device,
+    *,
+    tensor_model_parallel_size: int = 1,
+    backend: str = "",
+    timeout_minutes: int = 10,
+    seed: int = 1234,
+) -> torch.device:
+    """Join torchrun's processes (or be the only one), split them into groups, seed the generators.
+
+    Returns:
+        The device of this rank.
+    """
+    device.install()
+    from megatron.core import parallel_state
+
+    local = device.setup(int(os.environ.get("LOCAL_RANK", "0")))
+    if not torch.distributed.is_initialized():
+        if "RANK" not in os.environ:
+            # A single process started without torchrun: a group of one on a free port.
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            os.environ.update(
+                RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+            )
+        torch.distributed.init_process_group(
+            backend or device.backend, timeout=datetime.timedelta(minutes=timeout_minutes)
+        )
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_model_parallel_size)
+    seed_all(seed)
+    return local
+
+
+def seed_all(seed: int, *, data_parallel_offset: bool = False) -> None:
+    """Seed every generator.
+
+    The default stream (residual dropout) is equal on the tensor-parallel ranks of a replica, Megatron's
+    tracked stream (attention dropout) differs between them.
+
+    Args:
+        data_parallel_offset: give each data-parallel rank its own streams. Weights must be drawn without
+            it, training wants it: replicas that see different data should not drop the same units.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    if data_parallel_offset:
+        seed += 100003 * parallel_state.get_data_parallel_rank()
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+
+
+def is_rank_0() -> bool:
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def finalize() -> None:
+    """Leave the process group."""
+    if torch.distributed.is_initialized():
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
