@@ -1,0 +1,1 @@
+"""Projection-sharing attention as Megatron-Core layer specs."""

@@ -1,0 +1,221 @@
+"""The Megatron layers against attention written out from the paper, in float64.
+
+The reference knows nothing of this package: it slices one weight per head out of the interleaved
+projection (``q.. k v`` group by group) with its own arithmetic, so that a wrong layout shows here.
+
+Shape legend: s sequence, b batch, h heads, g groups, e head size, d hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_sharedproj.config import ModelConfig
+
+pytestmark = pytest.mark.usefixtures("parallel_state")
+
+S, B, H, D, VOCAB = 7, 2, 4, 32, 64
+TOLERANCE = {"rtol": 0.0, "atol": 1e-10}
+CASES = [
+    *(("qkv", groups) for groups in (4, 2, 1)),
+    ("q_eq_k", 4),
+    *(("qk_eq_v", groups) for groups in (4, 2, 1)),
+    ("q_eq_k_eq_v", 4),
+]
+
+
+def build(variant: str, groups: int, **changes: Any) -> Any:
+    """A model in float64 with every parameter random, the biases and norms too."""
+    from megatron_sharedproj.model import build_model  # after the fixture has prepared Megatron-Core
+
+    config = ModelConfig(
+        num_layers=2,
+        hidden_size=D,
+        num_attention_heads=H,
+        num_query_groups=groups,
+        padded_vocab_size=VOCAB,
+        max_position_embeddings=16,
+        attention_variant=variant,
+        activation="gelu",
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+    ).replace(**changes)
+    model = build_model(config, dtype=torch.float64).double()
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(1.0 + 0.2 * noise if "layernorm.weight" in name else 0.3 * noise)
+    return model
+
+
+def head_slices(variant: str, groups: int, e: int) -> list[tuple[slice, slice, slice]]:
+    """Rows of W_q, W_k and W_v of each query head in the interleaved projection."""
+    shared = H // groups
+    order = {  # what a group stores, head by head
+        "qkv": ["q"] * shared + ["k", "v"],
+        "q_eq_k": ["k", "v"],
+        "qk_eq_v": ["q"] * shared + ["k"],
+        "q_eq_k_eq_v": ["k"],
+    }[variant]
+    rows = []
+    for head in range(H):
+        group, inside = head // shared, head % shared
+
+        def at(position: int, group: int = group) -> slice:
+            start = (group * len(order) + position) * e
+            return slice(start, start + e)
+
+        key = at(order.index("k"))
+        query = at(inside) if "q" in order else key
+        value = at(order.index("v")) if "v" in order else key
+        rows.append((query, key, value))
+    return rows
+
+
+def reference_attention(
+    x: Tensor, qkv: tuple[Tensor, Tensor], out: tuple[Tensor, Tensor], variant: str, groups: int, e: int
+) -> Tensor:
+    """x [s, b, d] -> [s, b, d]: one head after another, explicit weights, naive causal softmax."""
+    weight, bias = qkv
+    heads = []
+    for rows_q, rows_k, rows_v in head_slices(variant, groups, e):
+        q, k, v = (
+            torch.einsum("sbd,ed->bse", x, weight[rows]) + bias[rows] for rows in (rows_q, rows_k, rows_v)
+        )
+        scores = torch.einsum("bie,bje->bij", q, k) / math.sqrt(e)
+        seen = torch.tensor([[j <= i for j in range(x.shape[0])] for i in range(x.shape[0])])
+        exponentials = torch.where(seen, scores, float("-inf")).exp()
+        weights = exponentials / exponentials.sum(-1, keepdim=True)
+        heads.append(torch.einsum("bij,bje->ibe", weights, v))
+    return torch.einsum("sbf,df->sbd", torch.cat(heads, dim=-1), out[0]) + out[1]
+
+
+@pytest.mark.parametrize("kv_channels", [8, 12])  # 12: heads x head size differs from d
+@pytest.mark.parametrize("variant, groups", CASES)
+def test_attention_and_its_gradients(variant: str, groups: int, kv_channels: int) -> None:
+    attention = build(variant, groups, kv_channels=kv_channels).decoder.layers[0].self_attention
+    parameters = [
+        attention.linear_qkv.weight, attention.linear_qkv.bias,
+        attention.linear_proj.weight, attention.linear_proj.bias,
+    ]  # fmt: skip
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(S, B, D, generator=generator, dtype=torch.float64)
+    cotangent = torch.randn(S, B, D, generator=generator, dtype=torch.float64)
+
+    ours = x.clone().requires_grad_()
+    projected, bias = attention(ours, attention_mask=None)
+    actual = projected + bias
+    actual_gradients = torch.autograd.grad(actual, [ours, *parameters], cotangent)
+
+    theirs = x.clone().requires_grad_()
+    copies = [parameter.detach().clone().requires_grad_() for parameter in parameters]
+    expected = reference_attention(
+        theirs, (copies[0], copies[1]), (copies[2], copies[3]), variant, groups, kv_channels
+    )
+    expected_gradients = torch.autograd.grad(expected, [theirs, *copies], cotangent)
+
+    torch.testing.assert_close(actual, expected, **TOLERANCE)
+    names = ("input", "projection weight", "projection bias", "output weight", "output bias")
+    for name, got, wanted in zip(names, actual_gradients, expected_gradients, strict=True):
+        assert wanted.abs().max() > 1e-3, f"{name}: nothing to compare"
+        torch.testing.assert_close(got, wanted, **TOLERANCE, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("variant, groups", CASES)
+def test_tied_tensors_are_one_tensor(variant: str, groups: int) -> None:
+    attention = build(variant, groups).decoder.layers[0].self_attention
+    x = torch.randn(S, B, D, dtype=torch.float64)
+    query, key, value = attention.get_query_key_value_tensors(x)
+    assert query.shape == (S, B, H, D // H)
+    assert key.shape == value.shape == (S, B, groups, D // H)
+    tied_value = variant in ("qk_eq_v", "q_eq_k_eq_v")
+    assert (value is key) == tied_value
+    assert (value.data_ptr() == key.data_ptr()) == tied_value
+    tied_query = variant in ("q_eq_k", "q_eq_k_eq_v")
+    assert (query is key) == tied_query
+
+
+@pytest.mark.parametrize("variant, groups", CASES)
+def test_query_head_reads_its_group(variant: str, groups: int) -> None:
+    attention = build(variant, groups).decoder.layers[0].self_attention
+    weight, bias = attention.linear_qkv.weight, attention.linear_qkv.bias
+    x = torch.randn(S, B, D, dtype=torch.float64)
+    query, key, value = attention.get_query_key_value_tensors(x)
+    for head, rows in enumerate(head_slices(variant, groups, D // H)):
+        group = head // (H // groups)
+        for tensor, index, of_role in zip((query, key, value), (head, group, group), rows, strict=True):
+            expected = x @ weight[of_role].T + bias[of_role]
+            torch.testing.assert_close(tensor[:, :, index], expected, **TOLERANCE)
+
+
+def reference_model(p: dict[str, Tensor], tokens: Tensor, variant: str, groups: int, layers: int) -> Tensor:
+    """The released code's GPT-2-style model: tokens [b, s] -> logits [b, s, V]."""
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        return (
+            p[f"{name}.weight"] * centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+            + p[f"{name}.bias"]
+        )
+
+    table = p["embedding.word_embeddings.weight"]
+    x = table[tokens] + p["embedding.position_embeddings.weight"][: tokens.shape[1]]
+    x = x.transpose(0, 1)  # [s, b, d]
+    for i in range(layers):
+        layer = f"decoder.layers.{i}"
+        attended = f"{layer}.self_attention"
+        x = x + reference_attention(
+            norm(x, f"{layer}.input_layernorm"),
+            (p[f"{attended}.linear_qkv.weight"], p[f"{attended}.linear_qkv.bias"]),
+            (p[f"{attended}.linear_proj.weight"], p[f"{attended}.linear_proj.bias"]),
+            variant, groups, D // H,
+        )  # fmt: skip
+        up = norm(x, f"{layer}.pre_mlp_layernorm") @ p[f"{layer}.mlp.linear_fc1.weight"].T
+        up = up + p[f"{layer}.mlp.linear_fc1.bias"]
+        up = 0.5 * up * (1.0 + torch.erf(up / math.sqrt(2.0)))
+        x = x + up @ p[f"{layer}.mlp.linear_fc2.weight"].T + p[f"{layer}.mlp.linear_fc2.bias"]
+    return (norm(x, "decoder.final_layernorm") @ table.T).transpose(0, 1)
+
+
+def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    chosen = logits.gather(-1, labels[..., None])[..., 0]
+    return (torch.logsumexp(logits, -1) - chosen).mean()
+
+
+@pytest.mark.parametrize("variant, groups", CASES)
+def test_whole_model_and_its_gradients(variant: str, groups: int) -> None:
+    model = build(variant, groups)
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randint(VOCAB, (B, S), generator=generator)
+    labels = torch.randint(VOCAB, (B, S), generator=generator)
+    positions = torch.arange(S).expand(B, S)
+
+    # From the logits: Megatron's own cross-entropy computes in float32 whatever its input is.
+    logits = model(tokens, positions, None)
+    loss = mean_loss(logits, labels)
+    loss.backward()
+
+    copies = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    expected_logits = reference_model(copies, tokens, variant, groups, layers=2)
+    expected = mean_loss(expected_logits, labels)
+    expected.backward()
+
+    torch.testing.assert_close(logits, expected_logits, **TOLERANCE)
+    torch.testing.assert_close(loss, expected, **TOLERANCE)
+    assert expected.item() > 1.0
+    for name, parameter in model.named_parameters():
+        wanted = copies[name].grad
+        assert wanted is not None and wanted.abs().max() > 0, f"{name}: nothing to compare"
+        torch.testing.assert_close(
+            parameter.grad, wanted, **TOLERANCE, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    with torch.no_grad():
+        per_token = model(tokens, positions, None, labels=labels)
+    assert per_token.shape == (B, S)
+    assert per_token.mean().item() == pytest.approx(expected.item(), abs=1e-5)
