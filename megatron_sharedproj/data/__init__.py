@@ -1,0 +1,1 @@
+"""Data: raw text to token files (.bin/.idx), and the datasets that read them."""

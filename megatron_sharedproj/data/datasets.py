@@ -1,0 +1,154 @@
+"""Megatron-Core data sets of packed sequences, and the sampler that can resume anywhere.
+
+Shape legend: b micro batch, s sequence length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_sharedproj.config import DataConfig, TrainConfig
+from megatron_sharedproj.data.indexed import validate_indexed
+
+_SPLITS = ("train", "valid", "test")
+
+
+def blend_prefixes(values: list[str], flag: str) -> tuple[list[str], list[float] | None]:
+    """Split Megatron's blend, ``PREFIX`` or ``WEIGHT PREFIX WEIGHT PREFIX ...``.
+
+    Returns:
+        prefixes, and weights (None for prefixes without weights).
+    Raises:
+        ValueError: for a weight that is not a positive number or a missing file.
+    """
+    prefixes, weights = list(values), None
+    if len(values) > 1 and len(values) % 2 == 0:
+        try:
+            weights = [float(value) for value in values[0::2]]
+        except ValueError:
+            weights = None  # prefixes only, as Megatron-LM takes them
+        else:
+            prefixes = values[1::2]
+            if any(weight <= 0 for weight in weights):
+                raise ValueError(f"{flag} {' '.join(values)}: weights must be positive")
+    for prefix in prefixes:
+        for suffix in (".idx", ".bin"):
+            if not Path(prefix + suffix).is_file():
+                raise ValueError(
+                    f"{flag} {prefix}: {prefix}{suffix} does not exist; give the prefix that "
+                    "tools/preprocess_slimpajama.py printed (without .bin or .idx)"
+                )
+    return prefixes, weights
+
+
+def resolve_blends(data: DataConfig, vocab_size: int) -> list[Any]:
+    """Check the data flags and their files.
+
+    Args:
+        vocab_size: ids must be below it (the tokenizer's, not the padded one).
+    Returns:
+        One blend (prefixes, weights) for ``--data-path``, or three (None where absent) for the per-split
+        flags.
+    Raises:
+        ValueError: naming the flag and the remedy.
+    """
+    per_split = [getattr(data, f"{name}_data_path") for name in _SPLITS]
+    if data.data_path and any(per_split):
+        raise ValueError("--data-path: given together with --train-data-path and its like; give one kind")
+    if not data.data_path and not per_split[0]:
+        raise ValueError(
+            "--data-path: required; give the prefix of a .bin/.idx pair, which "
+            "tools/preprocess_slimpajama.py makes"
+        )
+    blends: list[Any]
+    if data.data_path:
+        blends = [blend_prefixes(data.data_path, "--data-path")]
+    else:
+        blends = [
+            blend_prefixes(paths, f"--{name}-data-path") if paths else None
+            for name, paths in zip(_SPLITS, per_split, strict=True)
+        ]
+    for blend in blends:
+        for prefix in blend[0] if blend else []:
+            validate_indexed(prefix, vocab_size)
+    return blends
+
+
+def build_datasets(
+    data: DataConfig, train: TrainConfig, tokenizer: Any, blends: list[Any], sizes: tuple[int, int, int]
+) -> list[Any]:
+    """Training, validation and test GPTDatasets (None where there is no data).
+
+    Documents are packed back to back into sequences of ``seq_length`` + 1 tokens; no padding is scored.
+
+    Args:
+        blends: from :func:`resolve_blends`.
+        sizes: sequences wanted of each split; the data repeat (in a new order) if there are fewer.
+    """
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+    chosen: dict[str, Any]
+    if len(blends) == 1:
+        chosen = {"blend": blends[0], "split": data.split}
+    else:
+        chosen = {"blend_per_split": blends}
+    config = GPTDatasetConfig(
+        random_seed=train.seed,
+        sequence_length=train.seq_length,
+        path_to_cache=data.data_cache_path or None,
+        tokenizer=tokenizer,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        **chosen,
+    )
+    wanted = [size if len(blends) == 1 or blends[index] else 0 for index, size in enumerate(sizes)]
+    try:
+        return list(BlendedMegatronDatasetBuilder(GPTDataset, wanted, lambda: True, config).build())
+    except (AssertionError, IndexError, ValueError) as error:
+        raise ValueError(
+            f"--data-path: Megatron-Core could not build a data set of {train.seq_length}-token sequences "
+            f"({error}); is every split longer than one sequence? (--split {data.split})"
+        ) from error
+
+
+class PretrainingSampler:
+    """Indices of this data-parallel rank, from any number of consumed samples on.
+
+    The counterpart of Megatron-LM's MegatronPretrainingSampler (megatron.training, absent from the
+    0.16 wheel): global batches follow each other, a rank takes its micro batch from each stripe.
+    """
+
+    def __init__(self, total: int, consumed: int, micro_batch_size: int, rank: int, ranks: int):
+        self.total, self.consumed = total, consumed
+        self.micro_batch_size, self.rank, self.ranks = micro_batch_size, rank, ranks
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __iter__(self) -> Iterator[list[int]]:
+        stripe = self.micro_batch_size * self.ranks
+        for start in range(self.consumed, self.total - stripe + 1, stripe):
+            first = start + self.rank * self.micro_batch_size
+            yield list(range(first, first + self.micro_batch_size))
+
+
+def build_iterator(
+    dataset: Any, train: TrainConfig, *, consumed: int, rank: int, ranks: int, num_workers: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Micro batches of this rank: tokens, labels [b, s] int64, loss_mask [b, s] float32, position_ids."""
+    sampler = PretrainingSampler(len(dataset), consumed, train.micro_batch_size, rank, ranks)
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+    )
+    return iter(loader)
