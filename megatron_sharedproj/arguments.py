@@ -1,0 +1,338 @@
+"""Command line of the trainer: Megatron-LM's flags, ours beside them, and every check before step 0.
+
+Flags fill the dataclasses of ``config.py`` by name. A flag that Megatron-LM has keeps its name and
+meaning; those that it does not have are added by :func:`add_sharedproj_args`, which is in the form of
+Megatron-LM's ``extra_args_provider``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import typing
+from typing import Any
+
+from megatron_sharedproj.config import (
+    CheckpointConfig,
+    DataConfig,
+    LogConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+)
+from megatron_sharedproj.data.tokenizers import padded_vocab_size
+from megatron_sharedproj.variants import VARIANTS, get_variant
+
+_EXAMPLE = """examples:
+  one process, K=V:
+    torchrun --nproc-per-node 1 -m megatron_sharedproj.pretrain --attention-variant qk_eq_v \\
+      --num-layers 4 --hidden-size 256 --num-attention-heads 4 --seq-length 256 \\
+      --max-position-embeddings 256 --micro-batch-size 8 --global-batch-size 32 --train-iters 500 \\
+      --lr 1e-3 --min-lr 1e-4 --data-path data/train_text_document --tokenizer-model data/tokenizer \\
+      --save runs/k_eq_v
+  shared heads too (Q-MQA): add  --group-query-attention --num-query-groups 1
+  two tensor-parallel ranks: --nproc-per-node 2 and --tensor-model-parallel-size 2
+"""
+
+# Group title -> (configuration class, {field: help}). Defaults and types come from the field.
+_TABLE: dict[str, tuple[type, dict[str, str]]] = {
+    "network size": (
+        ModelConfig,
+        {
+            "num_layers": "transformer layers",
+            "hidden_size": "hidden size d",
+            "ffn_hidden_size": "MLP width (default 4 * hidden size; 8/3 of it with --swiglu)",
+            "num_attention_heads": "query heads",
+            "kv_channels": "head size (default hidden size / heads)",
+            "max_position_embeddings": "positions of the learned embedding",
+            "position_embedding_type": "learned_absolute (the paper), rope (only untied K and V) or none",
+            "rotary_base": "base of the rotary frequencies",
+            "rotary_percent": "fraction of the head that is rotated",
+            "normalization": "LayerNorm or RMSNorm",
+            "untie_embeddings_and_output_weights": "a separate output matrix",
+            "qk_layernorm": "norm on queries and keys (qkv only)",
+        },
+    ),
+    "regularization and initialization": (
+        ModelConfig,
+        {
+            "attention_dropout": "dropout on attention weights (the paper: 0)",
+            "hidden_dropout": "dropout on the residual branches and embeddings",
+            "init_method_std": "standard deviation of the initial weights",
+        },
+    ),
+    "parallelism": (
+        ParallelConfig,
+        {
+            "tensor_model_parallel_size": "ranks that share a layer's weights",
+            "sequence_parallel": "split norms and residuals over the tensor-parallel ranks as well",
+            "use_distributed_optimizer": "shard optimizer state over data-parallel ranks (GPU)",
+            "overlap_grad_reduce": "reduce gradients while backward runs",
+            "overlap_param_gather": "gather parameters while forward runs (with the distributed optimizer)",
+            "distributed_backend": "nccl or gloo (default: nccl on GPUs, gloo on CPUs)",
+            "distributed_timeout_minutes": "minutes before a stuck collective is an error",
+            "transformer_impl": "local, or transformer_engine where it is installed",
+        },
+    ),
+    "training": (
+        TrainConfig,
+        {
+            "seq_length": "tokens in a sequence",
+            "micro_batch_size": "sequences per forward pass and rank",
+            "global_batch_size": "sequences per step (default micro batch x data-parallel ranks)",
+            "train_iters": "steps",
+            "eval_interval": "steps between validations",
+            "eval_iters": "global batches per validation; 0: none",
+            "seed": "seed of weights, dropout and data order",
+            "bf16": "bfloat16 with fp32 master weights (GPU)",
+            "fp16": "float16 with loss scaling (GPU)",
+            "exit_interval": "save and exit when the step is a multiple of this",
+            "exit_duration_in_mins": "save and exit after this many minutes",
+        },
+    ),
+    "optimizer and schedule": (
+        TrainConfig,
+        {
+            "lr": "peak learning rate",
+            "min_lr": "final learning rate",
+            "lr_decay_style": "constant, linear, cosine or inverse-square-root",
+            "lr_warmup_iters": "steps of linear warm-up",
+            "lr_warmup_fraction": "warm-up as a fraction of the decay steps",
+            "lr_decay_iters": "steps to the final learning rate (default: all)",
+            "weight_decay": "AdamW weight decay",
+            "adam_beta1": "AdamW beta 1",
+            "adam_beta2": "AdamW beta 2",
+            "adam_eps": "AdamW epsilon",
+            "clip_grad": "gradient-norm clipping; 0: none",
+        },
+    ),
+    "data and tokenizer": (
+        DataConfig,
+        {
+            "data_path": "indexed data prefix, or WEIGHT PREFIX pairs to blend; divided by --split",
+            "train_data_path": "like --data-path, for training only",
+            "valid_data_path": "like --data-path, for validation only",
+            "test_data_path": "like --data-path, for testing only",
+            "split": "shares of --data-path for training, validation and test",
+            "data_cache_path": "folder for index caches (default: beside the data)",
+            "tokenizer_type": "HuggingFaceTokenizer, GPT2BPETokenizer or NullTokenizer",
+            "tokenizer_model": "tokenizer directory (or tokenizer.json)",
+            "vocab_file": "GPT-2 encoder.json / vocab.json",
+            "merge_file": "GPT-2 vocab.bpe / merges.txt",
+            "vocab_size": "vocabulary size, for NullTokenizer",
+            "num_workers": "data loader processes per rank; 0: in the training process",
+        },
+    ),
+    "checkpoints": (
+        CheckpointConfig,
+        {
+            "save": "folder for checkpoints (iter_NNNNNNN), configuration and logs",
+            "load": "folder to resume from; a --save folder that has a checkpoint is resumed by itself",
+            "save_interval": "steps between checkpoints",
+            "finetune": "take the weights only: step, data position, optimizer and RNG start anew",
+            "no_load_optim": "do not load optimizer state",
+            "no_load_rng": "do not load RNG state",
+            "no_save_optim": "do not save optimizer state",
+        },
+    ),
+    "logging": (
+        LogConfig,
+        {
+            "log_interval": "steps between log lines",
+            "tensorboard_dir": "write TensorBoard events here",
+            "wandb_project": "log to this Weights & Biases project",
+            "wandb_exp_name": "its run name",
+            "log_throughput": "print TFLOP/s per rank (and MFU where the GPU's peak is known)",
+        },
+    ),
+}
+
+# Megatron-LM flags that name what this trainer always does: accepted, so that command lines carry over.
+_ALWAYS_SO = (
+    "use-mcore-models",
+    "use-cpu-initialization",
+    "no-gradient-accumulation-fusion",
+    "no-masked-softmax-fusion",
+    "no-persist-layer-norm",
+    "no-rope-fusion",
+    "no-create-attention-mask-in-dataloader",
+)
+
+
+def _field_type(annotation: str) -> Any:
+    return {"int": int, "float": float, "str": str, "float | None": float}[annotation]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The trainer's argument parser."""
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_sharedproj.pretrain",
+        description="Train a GPT whose attention shares projections, with Megatron-Core.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_sharedproj_args(parser)
+    for title, (cls, fields) in _TABLE.items():
+        group = parser.add_argument_group(title)
+        known = {f.name: f for f in dataclasses.fields(cls)}
+        for name, text in fields.items():
+            spec = known[name]
+            flag = "--" + name.replace("_", "-")
+            annotation = str(spec.type)
+            if annotation == "bool":
+                group.add_argument(flag, action="store_true", help=text)
+            elif annotation == "list[str]":
+                group.add_argument(flag, nargs="*", default=[], metavar="PATH", help=text)
+            else:
+                default = None if spec.default is dataclasses.MISSING else spec.default
+                shown = "" if default in (None, "", 0) else f" (default {default})"
+                group.add_argument(flag, type=_field_type(annotation), default=default, help=text + shown)
+        if title == "network size":
+            _add_network_switches(group)
+        if title == "parallelism":
+            for flag in ("--pipeline-model-parallel-size", "--context-parallel-size"):
+                group.add_argument(flag, type=int, default=1, help="only 1 is supported yet")
+    fixed = parser.add_argument_group("accepted from Megatron-LM, always so here")
+    for flag in _ALWAYS_SO:
+        fixed.add_argument(f"--{flag}", action="store_true", help=argparse.SUPPRESS)
+    fixed.add_argument(
+        "--ckpt-format", choices=["torch_dist"], default="torch_dist", help="always torch_dist"
+    )
+    return parser
+
+
+def _add_network_switches(group: Any) -> None:
+    group.add_argument("--group-query-attention", action="store_true", help="use --num-query-groups")
+    group.add_argument("--num-query-groups", type=int, default=1, help="key/value heads; 1: MQA")
+    group.add_argument("--swiglu", action="store_true", help="gated SiLU MLP instead of GELU")
+    group.add_argument(
+        "--no-bias-gelu-fusion",
+        action="store_true",
+        help="exact GELU (the paper); without it, as in Megatron-LM, its tanh approximation",
+    )
+    group.add_argument("--disable-bias-linear", action="store_true", help="no biases in linear layers")
+    group.add_argument("--norm-epsilon", type=float, default=1e-5, help="epsilon of the norms (default 1e-5)")
+    group.add_argument(
+        "--make-vocab-size-divisible-by",
+        type=int,
+        default=128,
+        help="pad the vocabulary to a multiple, the same at any tensor-parallel size (default 128)",
+    )
+
+
+def add_sharedproj_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the flags that Megatron-LM does not have (its ``extra_args_provider`` form)."""
+    group = parser.add_argument_group("shared projections")
+    names = "; ".join(f"{v.name}: {v.formula}, paper {v.paper_name}" for v in VARIANTS.values())
+    group.add_argument(
+        "--attention-variant",
+        default="qkv",
+        metavar="{" + ",".join(VARIANTS) + "}",
+        help=f"which projections exist ({names}); default qkv",
+    )
+    group.add_argument(
+        "--no-scaled-init",
+        action="store_true",
+        help="output projections are initialised like all others (the paper), without 1/sqrt(2 * layers)",
+    )
+    group.add_argument(
+        "--weight-decay-on-all",
+        action="store_true",
+        help="decay every parameter (the paper); without it biases and norms are not decayed (Megatron-LM)",
+    )
+    group.add_argument(
+        "--require-kernel", action="store_true", help="refuse to run without the compiled attention kernel"
+    )
+    return parser
+
+
+def model_config(args: argparse.Namespace, vocab_size: int) -> ModelConfig:
+    """The ModelConfig of parsed flags.
+
+    Args:
+        vocab_size: the tokenizer's; padded here.
+    Raises:
+        ValueError: naming the flag, its value and what would work.
+    """
+    if args.make_vocab_size_divisible_by < 1:
+        raise ValueError(
+            f"--make-vocab-size-divisible-by {args.make_vocab_size_divisible_by}: must be at least 1"
+        )
+    for name in ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings"):
+        if not getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')}: required")
+    fields = {
+        name: getattr(args, name) for cls, table in _TABLE.values() if cls is ModelConfig for name in table
+    }
+    if args.group_query_attention and args.num_query_groups < 1:
+        raise ValueError(f"--num-query-groups {args.num_query_groups}: must be at least 1")
+    activation = "swiglu" if args.swiglu else ("gelu" if args.no_bias_gelu_fusion else "gelu_tanh")
+    if args.swiglu and not fields["ffn_hidden_size"]:
+        # Megatron-LM's rule: as many parameters as an ungated MLP of width 4d.
+        fields["ffn_hidden_size"] = int(4 * args.hidden_size * 2 / 3) // 64 * 64 or 64
+    return ModelConfig(
+        **fields,
+        attention_variant=get_variant(args.attention_variant).name,
+        num_query_groups=args.num_query_groups if args.group_query_attention else 0,
+        padded_vocab_size=padded_vocab_size(vocab_size, args.make_vocab_size_divisible_by),
+        activation=activation,
+        add_bias_linear=not args.disable_bias_linear,
+        layernorm_epsilon=args.norm_epsilon,
+        scaled_init=not args.no_scaled_init,
+    )
+
+
+def run_config(args: argparse.Namespace, vocab_size: int, world_size: int) -> RunConfig:
+    """The RunConfig of parsed flags, with derived defaults resolved and checked.
+
+    Args:
+        vocab_size: the tokenizer's vocabulary size.
+        world_size: number of processes.
+    Raises:
+        ValueError: naming the flag, its value and what would work.
+    """
+    parts: dict[type, Any] = {}
+    hints = {
+        cls: {f.name for f in dataclasses.fields(cls)} for cls in typing.get_type_hints(RunConfig).values()
+    }
+    for cls, names in hints.items():
+        if cls is not ModelConfig:
+            parts[cls] = cls(**{name: getattr(args, name) for name in names})
+    for flag in ("pipeline_model_parallel_size", "context_parallel_size"):
+        if getattr(args, flag) != 1:
+            raise ValueError(
+                f"--{flag.replace('_', '-')} {getattr(args, flag)}: not supported yet; use tensor and data "
+                "parallelism (1 here)"
+            )
+    config = RunConfig(
+        model=model_config(args, vocab_size),
+        parallel=parts[ParallelConfig],
+        train=parts[TrainConfig],
+        data=parts[DataConfig],
+        checkpoint=parts[CheckpointConfig],
+        log=parts[LogConfig],
+    )
+    _resolve(config, world_size)
+    return config
+
+
+def _resolve(config: RunConfig, world_size: int) -> None:
+    from megatron_sharedproj.validation import check_parallel, check_train
+
+    train = config.train
+    data_parallel = check_parallel(config, world_size)
+    if not train.global_batch_size:
+        train.global_batch_size = train.micro_batch_size * data_parallel
+    train.lr_decay_iters = train.lr_decay_iters or train.train_iters
+    if train.lr_warmup_fraction is not None:
+        if train.lr_warmup_iters:
+            raise ValueError(
+                f"--lr-warmup-fraction {train.lr_warmup_fraction}: --lr-warmup-iters {train.lr_warmup_iters} "
+                "is given too; give one"
+            )
+        if not 0 <= train.lr_warmup_fraction < 1:
+            raise ValueError(f"--lr-warmup-fraction {train.lr_warmup_fraction}: must be in [0, 1)")
+        train.lr_warmup_iters = int(train.lr_warmup_fraction * train.lr_decay_iters)
+    check_train(config, data_parallel)

@@ -1,0 +1,186 @@
+"""Saving and loading the sharded state: weights, optimizer, random streams.
+
+A save goes to a hidden folder, is renamed when every rank has written, and only then named latest, so an
+interrupted save leaves the previous checkpoint as it was. It loads at any tensor-parallel size.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch.distributed import checkpoint as torch_checkpoint
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+from megatron_sharedproj.checkpointing import files
+from megatron_sharedproj.config import RunConfig, to_dict, write_json
+from megatron_sharedproj.device import Device
+
+_RNG_KEY = "rng_state"
+
+
+class InProcessSave(TorchDistSaveShardedStrategy):
+    """torch_dist shards written by torch's own writer, in this process.
+
+    Megatron's default forks writer processes behind a Manager, 1.7-4 s for a small model against 0.1 s;
+    the files are the same format. The key translation has no public name.
+    """
+
+    def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
+        state, _, _ = _replace_state_dict_keys_with_sharded_keys(
+            sharded_state_dict, self.keep_only_main_replica
+        )
+        torch_checkpoint.save(
+            mcore_to_pyt_state_dict(state, False),
+            storage_writer=torch_checkpoint.FileSystemWriter(str(checkpoint_dir)),
+            planner=MCoreSavePlanner(
+                dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False
+            ),
+        )
+
+
+def _rng_tensors(device: Device) -> dict[str, ShardedTensor]:
+    """The random streams of this rank, as tensors (nothing to unpickle), one row per rank."""
+    ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    streams = {"default": device.rng_state(), **get_cuda_rng_tracker().get_states()}
+    return {
+        name: ShardedTensor.from_rank_offsets(
+            f"{_RNG_KEY}/{name}", state.cpu().reshape(1, -1).clone(), (0, rank, ranks)
+        )
+        for name, state in streams.items()
+    }
+
+
+def _restore_rng(loaded: dict[str, torch.Tensor], device: Device) -> None:
+    states = {name: tensor.reshape(-1) for name, tensor in loaded.items()}
+    device.set_rng_state(states.pop("default"))
+    get_cuda_rng_tracker().set_states(states)
+
+
+def save_checkpoint(
+    config: RunConfig, device: Device, *, model: Any, optimizer: Any, train_state: dict[str, Any]
+) -> Path:
+    """Write ``<save>/iter_NNNNNNN`` and name it latest. Collective.
+
+    Args:
+        model: the unwrapped GPTModel.
+        optimizer: Megatron optimizer, or None to save weights only.
+        train_state: JSON-ready; holds ``iteration``.
+    """
+    root, iteration = Path(config.checkpoint.save), train_state["iteration"]
+    final = files.iteration_dir(root, iteration)
+    aside = root / f".{final.name}.tmp"
+    first = torch.distributed.get_rank() == 0
+    if first:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    torch.distributed.barrier()
+    state: dict[str, Any] = {"model": model.sharded_state_dict()}
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(state["model"])
+    state[_RNG_KEY] = _rng_tensors(device)
+    dist_checkpointing.save(state, str(aside), InProcessSave("torch_dist", 1))
+    if first:
+        write_json(aside / files.RUN_CONFIG, to_dict(config))
+        write_json(
+            aside / files.TRAIN_STATE, {**train_state, "world_size": torch.distributed.get_world_size()}
+        )
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(aside, final)
+        files.write_tracker(root, iteration)
+    torch.distributed.barrier()
+    return final
+
+
+def _drop_extra_state(state: Any) -> Any:
+    # Modules' extra state is pickled bytes; this package's modules have none, and nothing pickled is read.
+    if isinstance(state, dict):
+        return {
+            key: _drop_extra_state(value)
+            for key, value in state.items()
+            if not isinstance(value, ShardedObject)
+        }
+    return state
+
+
+def _check_readable(state: Any, folder: Path) -> None:
+    known = files.read_metadata(folder).state_dict_metadata
+    wanted: list[str] = []
+
+    def collect(value: Any) -> None:
+        if isinstance(value, ShardedTensor):
+            wanted.append(value.key)
+        elif isinstance(value, dict):
+            for item in value.values():
+                collect(item)
+        elif isinstance(value, list):
+            for item in value:
+                collect(item)
+
+    collect(state)
+    missing = sorted({key for key in wanted if key not in known})
+    if missing:
+        raise ValueError(
+            f"--load {folder}: holds no {missing[0]} ({len(missing)} tensor(s) missing); use --no-load-optim "
+            "or --no-load-rng if that is what is missing, or --finetune for the weights alone"
+        )
+    pickled = [key for key in wanted if isinstance(known[key], BytesStorageMetadata)]
+    if pickled:
+        raise ValueError(
+            f"--load {folder}: {pickled[0]} is stored as pickled bytes, not as a tensor; refused"
+        )
+
+
+def load_checkpoint(
+    folder: Path,
+    device: Device,
+    *,
+    model: Any,
+    optimizer: Any = None,
+    load_rng: bool = False,
+) -> dict[str, Any]:
+    """Load weights, and where given optimizer and random streams. Collective; any tensor-parallel size.
+
+    Args:
+        folder: an iteration folder (files.resolve_checkpoint).
+        model: the unwrapped GPTModel.
+        optimizer: Megatron optimizer, or None.
+        load_rng: restore the random streams if the number of ranks is the same.
+    Returns:
+        The checkpoint's train state.
+    Raises:
+        ValueError: if something that was asked for is not there, or would have to be unpickled.
+    """
+    train_state = files.train_state(folder)
+    state: dict[str, Any] = {"model": _drop_extra_state(model.sharded_state_dict())}
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=True)
+    same_ranks = train_state.get("world_size") == torch.distributed.get_world_size()
+    saved_tp = files.checkpoint_config(folder).parallel.tensor_model_parallel_size
+    same_layout = same_ranks and saved_tp == parallel_state.get_tensor_model_parallel_world_size()
+    if load_rng and same_layout:
+        state[_RNG_KEY] = _rng_tensors(device)
+    _check_readable(state, folder)
+    loaded = dist_checkpointing.load(state, str(folder))
+    result = model.load_state_dict(loaded["model"], strict=False)
+    absent = [key for key in result.missing_keys if not key.endswith("_extra_state")]
+    if absent or result.unexpected_keys:
+        raise ValueError(f"--load {folder}: missing {absent}, unexpected {result.unexpected_keys}")
+    if optimizer is not None:
+        optimizer.load_state_dict(loaded["optimizer"])
+    if _RNG_KEY in state:
+        _restore_rng(loaded[_RNG_KEY], device)
+    return train_state

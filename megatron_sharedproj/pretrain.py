@@ -1,0 +1,193 @@
+"""Train a model: ``torchrun --nproc-per-node N -m megatron_sharedproj.pretrain [flags]``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_sharedproj import distributed, formulas
+from megatron_sharedproj.arguments import build_parser, run_config
+from megatron_sharedproj.checkpointing import files
+from megatron_sharedproj.config import RunConfig, to_dict, write_json
+from megatron_sharedproj.data.datasets import build_datasets, resolve_blends
+from megatron_sharedproj.data.tokenizers import build_tokenizer
+from megatron_sharedproj.device import Device, get_device
+from megatron_sharedproj.ops.attention import select_path
+from megatron_sharedproj.quiet import quiet_libraries
+from megatron_sharedproj.validation import check_device
+
+
+def find_checkpoint(config: RunConfig) -> Path | None:
+    """The checkpoint that a run starts from, checked against the run's model.
+
+    A checkpoint in ``--save`` wins over ``--load``: a restarted run goes on where it was.
+
+    Raises:
+        ValueError: if ``--load`` has none, or it is of another variant or shape.
+    """
+    save, load = config.checkpoint.save, config.checkpoint.load
+    if save and files.latest_iteration(save) is not None:
+        folder, own = files.resolve_checkpoint(save, "--save"), True
+    elif load and load != save:
+        folder, own = files.resolve_checkpoint(load), False
+    else:
+        return None
+    saved = files.checkpoint_config(folder)
+    files.check_same_model(config.model, saved.model, folder)
+    if own:
+        # The run's own checkpoint: --finetune was about the start, not about a restart.
+        config.checkpoint.finetune = False
+    return folder
+
+
+def prepare(args: Any) -> tuple[RunConfig, Any, list[Any], Device, Path | None]:
+    """Everything that can be wrong with the flags, checked before any process group exists.
+
+    Raises:
+        ValueError: one line naming the flag, its value and the remedy.
+    """
+    device = get_device()
+    tokenizer = build_tokenizer(
+        args.tokenizer_type, args.tokenizer_model or None, args.vocab_file or None, args.merge_file or None,
+        args.vocab_size or None,
+    )  # fmt: skip
+    world = distributed.world_size()
+    config = run_config(args, tokenizer.vocab_size, world)
+    check_device(config, device, world // config.parallel.tensor_model_parallel_size)
+    select_path(tied_kv=config.model.variant.tied_kv, require_kernel=config.train.require_kernel)
+    checkpoint = find_checkpoint(config)
+    blends = resolve_blends(config.data, tokenizer.vocab_size)
+    return config, tokenizer, blends, device, checkpoint
+
+
+def build_trainer(
+    config: RunConfig, tokenizer: Any, blends: list[Any], device: Device, checkpoint: Path | None
+) -> Any:
+    """Model, optimizer, data and state of a run, ready to train."""
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.distributed import finalize_model_grads
+
+    from megatron_sharedproj.checkpointing.sharded import load_checkpoint
+    from megatron_sharedproj.model import build_model
+    from megatron_sharedproj.training import optimizer as optim
+    from megatron_sharedproj.training.log import TrainingLog
+    from megatron_sharedproj.training.loop import Trainer
+
+    train = config.train
+    local = (
+        torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else torch.device("cpu")
+    )
+    world = torch.distributed.get_world_size()
+    log = TrainingLog(
+        config,
+        world_size=world,
+        device_name=device.describe(),
+        enabled=torch.distributed.get_rank() == world - 1,
+    )
+    log.message(f"attention variant: {config.model.variant.describe()}")
+    log.message(str(select_path(tied_kv=config.model.variant.tied_kv)))
+    counts = formulas.parameters(config.model)
+    ranks = parallel_state.get_data_parallel_world_size()
+    log.message(
+        f"{counts['total']:,} parameters ({counts['attention']:,} in attention), "
+        f"{formulas.kv_cache_bytes_per_token(config.model):,} bytes of cache per token at 2 bytes per element"
+    )
+    log.message(
+        f"{world} process(es), tensor parallel {config.parallel.tensor_model_parallel_size}, "
+        f"data parallel {ranks}, {device.describe()}; {check_device(config, device, ranks)}"
+    )
+    model = build_model(config.model, config.parallel, dtype=optim.dtype_of(train)).to(local)
+    model.config.finalize_model_grads_func = finalize_model_grads
+    wrapped = optim.wrap_data_parallel(model, config.parallel, train)
+    optimizer = optim.build_optimizer(wrapped, config.parallel, train)
+    model.config.grad_scale_func = optimizer.scale_loss
+    schedule = optim.build_schedule(optimizer, train)
+    distributed.seed_all(train.seed, data_parallel_offset=True)
+
+    sizes = (
+        train.train_iters * train.global_batch_size,
+        train.eval_iters * train.global_batch_size,
+        0,
+    )
+    train_data, valid_data, _ = build_datasets(config.data, train, tokenizer, blends, sizes)
+    if train_data is None:
+        raise ValueError("--data-path: no training data; give training a share in --split")
+    trainer = Trainer(
+        config=config, device=device, torch_device=local, model=wrapped, optimizer=optimizer,
+        schedule=schedule, train_data=train_data, valid_data=valid_data, log=log,
+    )  # fmt: skip
+    if checkpoint is not None:
+        _resume(trainer, checkpoint, load_checkpoint)
+    return trainer
+
+
+def _resume(trainer: Any, folder: Path, load_checkpoint: Any) -> None:
+    options = trainer.config.checkpoint
+    fresh = options.finetune
+    with_optimizer = not (fresh or options.no_load_optim)
+    state = load_checkpoint(
+        folder,
+        trainer.device,
+        model=trainer.model.module,
+        optimizer=trainer.optimizer if with_optimizer else None,
+        load_rng=not (fresh or options.no_load_rng),
+    )
+    if not with_optimizer and trainer.config.train.bf16 | trainer.config.train.fp16:
+        trainer.optimizer.reload_model_params()
+    if fresh:
+        trainer.log.message(f"weights from {folder}; step, data, optimizer and RNG start anew")
+        return
+    trainer.iteration, trainer.consumed_samples = state["iteration"], state["consumed_samples"]
+    trainer.last_saved = -1 if trainer.config.checkpoint.save != str(folder.parent) else trainer.iteration
+    trainer.schedule.load_state_dict(state["schedule"])
+    trainer.log.message(
+        f"resumed from {folder}: iteration {trainer.iteration}, {trainer.consumed_samples} samples"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point. Returns the exit code: 0 done, 2 a mistake in the flags, 128 + n stopped by signal n."""
+    quiet_libraries()
+    first = os.environ.get("RANK", "0") == "0"
+    args = build_parser().parse_args(argv)
+    try:
+        prepared = prepare(args)
+    except ValueError as error:
+        if first:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    config, _, _, device, _ = prepared
+    distributed.initialize(
+        device,
+        tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
+        backend=config.parallel.distributed_backend,
+        timeout_minutes=config.parallel.distributed_timeout_minutes,
+        seed=config.train.seed,
+    )
+    if config.checkpoint.save and first:
+        Path(config.checkpoint.save).mkdir(parents=True, exist_ok=True)
+        write_json(Path(config.checkpoint.save) / files.RUN_CONFIG, to_dict(config))
+    try:
+        trainer = build_trainer(*prepared)
+        code = trainer.train()
+        trainer.log.close()
+    except (ValueError, RuntimeError) as error:
+        if not _expected(error):
+            raise
+        if first:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    distributed.finalize()
+    return code
+
+
+def _expected(error: Exception) -> bool:
+    # Our own messages name a flag or the loss; anything else is a bug and keeps its traceback.
+    return str(error).startswith(("--", "loss is"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

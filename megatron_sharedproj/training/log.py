@@ -1,0 +1,207 @@
+"""What a run says: Megatron's log line, JSON lines, TensorBoard, Weights & Biases, a progress line.
+
+Only one rank logs (the last, as in Megatron-LM; its loss is the average over all).
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from megatron_sharedproj import formulas
+from megatron_sharedproj.config import RunConfig
+from megatron_sharedproj.duration import format_duration
+
+JSON_LOG = "log.jsonl"
+
+
+class TrainingLog:
+    """Collects steps and writes a record every ``--log-interval`` steps."""
+
+    def __init__(self, config: RunConfig, *, world_size: int, device_name: str, enabled: bool):
+        self.config, self.world_size, self.enabled = config, world_size, enabled
+        self._peak = formulas.peak_flops(device_name)
+        self._flops_per_token = formulas.train_flops_per_token(config.model, config.train.seq_length)
+        self._losses: list[float] = []
+        self._skipped = 0
+        self._interval_start = time.perf_counter()
+        self._started = time.perf_counter()
+        self._first_iteration: int | None = None
+        self._json: TextIO | None = None
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        self._progress = enabled and sys.stderr.isatty()
+        if enabled:
+            self._open()
+
+    def _open(self) -> None:
+        log, save = self.config.log, self.config.checkpoint.save
+        if save:
+            Path(save).mkdir(parents=True, exist_ok=True)
+            path = Path(save) / JSON_LOG
+            if path.exists():
+                # A killed run may have left half a record at the end.
+                written = path.read_bytes()
+                os.truncate(path, written.rfind(b"\n") + 1)
+            self._json = path.open("a", buffering=1)
+        if log.tensorboard_dir:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise ValueError(
+                    f"--tensorboard-dir {log.tensorboard_dir}: tensorboard is not installed; install the "
+                    "[log] extra"
+                ) from None
+            self._tensorboard = SummaryWriter(log.tensorboard_dir)
+        if log.wandb_project:
+            try:
+                import wandb
+            except ImportError:
+                raise ValueError(
+                    f"--wandb-project {log.wandb_project}: wandb is not installed; install the [log] extra"
+                ) from None
+            wandb.init(project=log.wandb_project, name=log.wandb_exp_name or None)
+            self._wandb = wandb
+
+    def message(self, text: str) -> None:
+        """One line for people, on the logging rank."""
+        if self.enabled:
+            self._clear_progress()
+            print(f" [{datetime.datetime.now():%Y-%m-%d %H:%M:%S}] {text}", flush=True)
+
+    def restart_clock(self) -> None:
+        """Leave the time since the last step (evaluation, saving) out of the step time."""
+        self._interval_start = time.perf_counter()
+
+    def pause(self) -> float:
+        """Seconds of the running interval so far; give them back to :meth:`resume`."""
+        return time.perf_counter() - self._interval_start
+
+    def resume(self, elapsed: float) -> None:
+        self._interval_start = time.perf_counter() - elapsed
+
+    def step(
+        self,
+        iteration: int,
+        *,
+        loss: float,
+        grad_norm: float | None,
+        learning_rate: float,
+        consumed_samples: int,
+        skipped: bool,
+        loss_scale: float,
+    ) -> None:
+        """Note a step; write the record when its interval is full."""
+        if not self.enabled:
+            return
+        if self._first_iteration is None:
+            self._first_iteration = iteration - 1
+        self._losses.append(loss)
+        self._skipped += skipped
+        if self._progress:
+            self._show_progress(iteration, loss)
+        if iteration % self.config.log.log_interval and iteration != self.config.train.train_iters:
+            return
+        train = self.config.train
+        seconds = (time.perf_counter() - self._interval_start) / len(self._losses)
+        tokens = train.global_batch_size * train.seq_length
+        record: dict[str, Any] = {
+            "iteration": iteration,
+            "train_iters": train.train_iters,
+            "consumed_samples": consumed_samples,
+            "consumed_tokens": consumed_samples * train.seq_length,
+            "elapsed_ms_per_iteration": seconds * 1000,
+            "tokens_per_second": tokens / seconds,
+            "tflops_per_rank": tokens * self._flops_per_token / seconds / self.world_size / 1e12,
+            "learning_rate": learning_rate,
+            "global_batch_size": train.global_batch_size,
+            "lm_loss": sum(self._losses) / len(self._losses),
+            "loss_scale": loss_scale,
+            "grad_norm": grad_norm,
+            "skipped_iterations": self._skipped,
+            "variant": self.config.model.attention_variant,
+        }
+        if self._peak is not None:
+            record["mfu"] = record["tflops_per_rank"] * 1e12 / self._peak
+        self._print(record)
+        self._write(record)
+        self._losses, self._skipped = [], 0
+        self.restart_clock()
+
+    def _print(self, r: dict[str, Any]) -> None:
+        throughput = ""
+        if self.config.log.log_throughput:
+            throughput = f" throughput per GPU (TFLOP/s/GPU): {r['tflops_per_rank']:.3f} |"
+            if "mfu" in r:
+                throughput += f" MFU: {100 * r['mfu']:.1f}% |"
+        norm = f" grad norm: {r['grad_norm']:.3f} |" if r["grad_norm"] is not None else ""
+        self.message(
+            f"iteration {r['iteration']:8d}/{r['train_iters']:8d} | "
+            f"consumed samples: {r['consumed_samples']:12d} | "
+            f"elapsed time per iteration (ms): {r['elapsed_ms_per_iteration']:.1f} |{throughput} "
+            f"learning rate: {r['learning_rate']:.6E} | global batch size: {r['global_batch_size']:5d} | "
+            f"lm loss: {r['lm_loss']:.6E} | loss scale: {r['loss_scale']:.1f} |{norm} "
+            f"number of skipped iterations: {r['skipped_iterations']:3d} | number of nan iterations:   0 | "
+            f"tokens/s: {r['tokens_per_second']:.0f} | variant: {r['variant']} |"
+        )
+
+    def validation(self, iteration: int, results: dict[str, float]) -> None:
+        """Record a validation: ``lm_loss`` and ``perplexity`` (packed, real tokens only)."""
+        if not self.enabled:
+            return
+        text = " | ".join(f"{name.replace('_', ' ')}: {value:.6E}" for name, value in results.items())
+        self.message(f"validation at iteration {iteration} | {text} |")
+        self._write({"iteration": iteration, **{f"validation_{k}": v for k, v in results.items()}})
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self._json is not None:
+            self._json.write(json.dumps(record) + "\n")
+        tags = {
+            "lm_loss": "lm loss",
+            "learning_rate": "learning-rate",
+            "global_batch_size": "batch-size",
+            "loss_scale": "loss-scale",
+            "grad_norm": "grad-norm",
+            "elapsed_ms_per_iteration": "iteration-time",
+            "tflops_per_rank": "throughput",
+            "tokens_per_second": "tokens-per-second",
+            "validation_lm_loss": "lm loss validation",
+            "validation_perplexity": "lm loss validation ppl",
+        }
+        shown = {tag: record[key] for key, tag in tags.items() if record.get(key) is not None}
+        if self._tensorboard is not None:
+            for tag, value in shown.items():
+                self._tensorboard.add_scalar(tag, value, record["iteration"])
+            if "lm_loss" in record:
+                self._tensorboard.add_scalar(
+                    "lm loss vs samples", record["lm_loss"], record["consumed_samples"]
+                )
+        if self._wandb is not None:
+            self._wandb.log(shown, step=record["iteration"])
+
+    def _show_progress(self, iteration: int, loss: float) -> None:
+        assert self._first_iteration is not None
+        done = iteration - self._first_iteration
+        rate = (time.perf_counter() - self._started) / done
+        total = self.config.train.train_iters
+        left = format_duration(rate * (total - iteration))
+        sys.stderr.write(f"\r\033[Kstep {iteration}/{total}  loss {loss:.4f}  {rate:.2f} s/step  ETA {left}")
+        sys.stderr.flush()
+
+    def _clear_progress(self) -> None:
+        if self._progress:
+            sys.stderr.write("\r\033[K")
+            sys.stderr.flush()
+
+    def close(self) -> None:
+        self._clear_progress()
+        for writer in (self._json, self._tensorboard):
+            if writer is not None:
+                writer.close()
+        if self._wandb is not None:
+            self._wandb.finish()

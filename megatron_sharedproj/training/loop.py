@@ -1,0 +1,222 @@
+"""One training loop for CPU and GPU, over Megatron-Core's schedule, optimizer and data.
+
+Shape legend: b micro batch, s sequence length.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_sharedproj.checkpointing.sharded import save_checkpoint
+from megatron_sharedproj.config import RunConfig
+from megatron_sharedproj.data.datasets import build_iterator
+from megatron_sharedproj.device import Device
+from megatron_sharedproj.training.log import TrainingLog
+from megatron_sharedproj.training.signals import StopSignals
+
+Hook = Callable[["Trainer"], None]
+
+
+def forward_step(
+    data_iterator: Iterator[dict[str, torch.Tensor]], model: Any, *, device: torch.device
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
+    """Megatron's forward step: per-token loss [b, s] and the function that reduces it."""
+    batch = next(data_iterator)
+    tokens, labels, positions, mask = (
+        batch[name].to(device, non_blocking=True)
+        for name in ("tokens", "labels", "position_ids", "loss_mask")
+    )
+    losses = model(tokens, positions, None, labels=labels)
+    return losses, partial(_mean_loss, mask)
+
+
+def _mean_loss(mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    loss = (losses.float() * mask).sum() / mask.sum().clamp(min=1)
+    # A copy: Megatron's schedule divides the loss by the number of micro batches in place.
+    return loss, {"lm loss": loss.detach().clone()}
+
+
+@dataclass
+class Trainer:
+    """Everything a run holds, and the steps it takes.
+
+    Attributes:
+        model: Megatron's DistributedDataParallel around the GPTModel.
+        iteration: steps done; consumed_samples: sequences trained on (the data position).
+        hooks: called after every step.
+    """
+
+    config: RunConfig
+    device: Device
+    torch_device: torch.device
+    model: Any
+    optimizer: Any
+    schedule: Any
+    train_data: Any
+    valid_data: Any
+    log: TrainingLog
+    iteration: int = 0
+    consumed_samples: int = 0
+    hooks: list[Hook] = field(default_factory=list)
+    last_loss: float = math.nan
+    last_saved: int = -1
+
+    def _schedule_step(self, iterator: Any, micro_batches: int, forward_only: bool) -> float:
+        train = self.config.train
+        results = get_forward_backward_func()(
+            forward_step_func=partial(forward_step, device=self.torch_device),
+            data_iterator=iterator,
+            model=[self.model],
+            num_microbatches=micro_batches,
+            seq_length=train.seq_length,
+            micro_batch_size=train.micro_batch_size,
+            forward_only=forward_only,
+        )
+        loss = torch.stack([result["lm loss"] for result in results]).mean()
+        group = parallel_state.get_data_parallel_group()
+        torch.distributed.all_reduce(loss, group=group)
+        return loss.item() / parallel_state.get_data_parallel_world_size()
+
+    def step(self, iterator: Any) -> None:
+        """One optimizer step over a global batch.
+
+        Raises:
+            RuntimeError: if the loss is not finite; weights are as they were before the step.
+        """
+        train = self.config.train
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        micro_batches = train.global_batch_size // (
+            train.micro_batch_size * parallel_state.get_data_parallel_world_size()
+        )
+        learning_rate = next(
+            (g["lr"] for g in self.optimizer.param_groups if g.get("default_config", True)), 0.0
+        )
+        loss = self._schedule_step(iterator, micro_batches, forward_only=False)
+        if not math.isfinite(loss):
+            raise RuntimeError(
+                f"loss is {loss} at iteration {self.iteration + 1}; the last checkpoint is iteration "
+                f"{self.last_saved if self.last_saved >= 0 else 'none'}: resume from it with a lower --lr"
+            )
+        updated, grad_norm, _ = self.optimizer.step()
+        if updated:
+            self.schedule.step(increment=train.global_batch_size)
+        self.iteration += 1
+        self.consumed_samples += train.global_batch_size
+        self.last_loss = loss
+        self.log.step(
+            self.iteration,
+            loss=loss,
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+            consumed_samples=self.consumed_samples,
+            skipped=not updated,
+            loss_scale=float(self.optimizer.get_loss_scale().item()),
+        )
+        for hook in self.hooks:
+            hook(self)
+
+    def evaluate(self) -> dict[str, float] | None:
+        """Loss and packed perplexity over the first ``--eval-iters`` global batches of the validation set.
+
+        Every validation scores the same sequences, so that its curve is comparable along a run.
+        """
+        train = self.config.train
+        if self.valid_data is None or not train.eval_iters:
+            return None
+        # The generator's state is put back: a validation must not shift the dropout of later steps.
+        rng = self.device.rng_state()
+        self.model.eval()
+        micro_batches = train.eval_iters * (
+            train.global_batch_size
+            // (train.micro_batch_size * parallel_state.get_data_parallel_world_size())
+        )
+        iterator = self._iterator(self.valid_data, 0)
+        with torch.no_grad():
+            loss = self._schedule_step(iterator, micro_batches, forward_only=True)
+        self.model.train()
+        self.device.set_rng_state(rng)
+        results = {"lm_loss": loss, "perplexity": math.exp(min(loss, 50.0))}
+        self.log.validation(self.iteration, results)
+        return results
+
+    def _iterator(self, dataset: Any, consumed: int) -> Iterator[dict[str, torch.Tensor]]:
+        return build_iterator(
+            dataset,
+            self.config.train,
+            consumed=consumed,
+            rank=parallel_state.get_data_parallel_rank(),
+            ranks=parallel_state.get_data_parallel_world_size(),
+            num_workers=self.config.data.num_workers,
+        )
+
+    def save(self) -> None:
+        """Write a checkpoint of this iteration, unless there is one already."""
+        checkpoint = self.config.checkpoint
+        if not checkpoint.save or self.last_saved == self.iteration:
+            return
+        start = time.perf_counter()
+        folder = save_checkpoint(
+            self.config,
+            self.device,
+            model=self.model.module,
+            optimizer=None if checkpoint.no_save_optim else self.optimizer,
+            train_state={
+                "iteration": self.iteration,
+                "consumed_samples": self.consumed_samples,
+                "schedule": self.schedule.state_dict(),
+                "loss": self.last_loss,
+            },
+        )
+        self.last_saved = self.iteration
+        self.log.message(f"saved checkpoint {folder} in {time.perf_counter() - start:.2f} s")
+
+    def train(self) -> int:
+        """Train to ``--train-iters``.
+
+        Returns:
+            Exit code: 0 when done or stopped by --exit-interval or --exit-duration-in-mins, 128 + number
+            when a signal stopped it. A checkpoint is saved in each case.
+        """
+        train = self.config.train
+        iterator = self._iterator(self.train_data, self.consumed_samples)
+        started = time.monotonic()
+        stopped: int | None = None
+        self.model.train()
+        self.log.restart_clock()
+        with StopSignals() as signals:
+            while self.iteration < train.train_iters:
+                self.step(iterator)
+                paused = self.log.pause()
+                if self.iteration % train.eval_interval == 0 and self.iteration < train.train_iters:
+                    self.evaluate()
+                if self.iteration % self.config.checkpoint.save_interval == 0:
+                    self.save()
+                self.log.resume(paused)
+                if signals.any_rank(self.torch_device):
+                    stopped = 128 + (signals.received or 15)
+                    self.log.message(f"stopped by a signal at iteration {self.iteration}")
+                    break
+                minutes = torch.tensor([(time.monotonic() - started) / 60], device=self.torch_device)
+                if train.exit_duration_in_mins:
+                    torch.distributed.broadcast(minutes, 0)
+                    if minutes.item() > train.exit_duration_in_mins:
+                        self.log.message(f"stopped by --exit-duration-in-mins at iteration {self.iteration}")
+                        break
+                if train.exit_interval and self.iteration % train.exit_interval == 0:
+                    self.log.message(f"stopped by --exit-interval at iteration {self.iteration}")
+                    break
+            self.save()
+        if stopped is None and self.iteration >= train.train_iters:
+            self.evaluate()
+        return stopped or 0

@@ -1,0 +1,73 @@
+"""Megatron-Core's data-parallel wrapper, optimizer and schedule, set up from a RunConfig."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_sharedproj.config import ParallelConfig, TrainConfig
+
+
+def dtype_of(train: TrainConfig) -> torch.dtype:
+    """Parameter dtype of a run."""
+    return torch.bfloat16 if train.bf16 else torch.float16 if train.fp16 else torch.float32
+
+
+def wrap_data_parallel(model: Any, parallel: ParallelConfig, train: TrainConfig) -> DistributedDataParallel:
+    """Megatron's DistributedDataParallel: gradients in contiguous fp32 buffers, averaged over replicas."""
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=train.bf16 or train.fp16,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        average_in_collective=False,
+    )
+    wrapped = DistributedDataParallel(model.config, ddp_config, model)
+    wrapped.broadcast_params()
+    return wrapped
+
+
+def build_optimizer(model: DistributedDataParallel, parallel: ParallelConfig, train: TrainConfig) -> Any:
+    """AdamW (decoupled weight decay) with clipping, over Megatron's parameter groups."""
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=train.lr,
+        min_lr=train.min_lr,
+        weight_decay=train.weight_decay,
+        adam_beta1=train.adam_beta1,
+        adam_beta2=train.adam_beta2,
+        adam_eps=train.adam_eps,
+        clip_grad=train.clip_grad,
+        bf16=train.bf16,
+        fp16=train.fp16,
+        params_dtype=dtype_of(train),
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_param_gather=parallel.overlap_param_gather,
+    )
+    # An empty dictionary means no exemptions; None, Megatron's standard one (biases and norms).
+    overrides: dict[Any, Any] | None = {} if train.weight_decay_on_all else None
+    return get_megatron_optimizer(config, [model], config_overrides=overrides)
+
+
+def build_schedule(optimizer: Any, train: TrainConfig) -> OptimizerParamScheduler:
+    """Linear warm-up, then the decay style; counted in sequences, as in Megatron-LM."""
+    batch = train.global_batch_size
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=train.lr,
+        min_lr=train.min_lr,
+        lr_warmup_steps=train.lr_warmup_iters * batch,
+        lr_decay_steps=train.lr_decay_iters * batch,
+        lr_decay_style=train.lr_decay_style,
+        start_wd=train.weight_decay,
+        end_wd=train.weight_decay,
+        wd_incr_steps=train.train_iters * batch,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )

@@ -1,0 +1,158 @@
+"""Checks of a run before step 0: each error names the flag, the value and what would work."""
+
+from __future__ import annotations
+
+from megatron_sharedproj import formulas
+from megatron_sharedproj.config import RunConfig
+from megatron_sharedproj.device import Device
+
+
+def check_parallel(config: RunConfig, world_size: int) -> int:
+    """Check how the model divides over the ranks.
+
+    Returns:
+        Data-parallel size: ranks / tensor-parallel size.
+    Raises:
+        ValueError: naming the flag, the value and what would work.
+    """
+    model, parallel = config.model, config.parallel
+    tp = parallel.tensor_model_parallel_size
+    flag = f"--tensor-model-parallel-size {tp}"
+    if tp < 1 or world_size % tp:
+        divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
+        raise ValueError(
+            f"{flag}: must divide the number of processes, {world_size}; use one of {divisors}, or start "
+            f"torchrun with a multiple of {max(tp, 1)} processes"
+        )
+    if model.num_attention_heads % tp:
+        raise ValueError(f"{flag}: must divide --num-attention-heads {model.num_attention_heads}")
+    groups = model.num_query_groups
+    if groups % tp and tp % groups:
+        raise ValueError(f"{flag}: must divide --num-query-groups {groups}, or be a multiple of it")
+    sizes = {
+        "--ffn-hidden-size": model.ffn_hidden_size,
+        "padded vocabulary (--make-vocab-size-divisible-by)": model.padded_vocab_size,
+        "the projected rows (groups x heads per group x head size)": formulas.projected_rows(model),
+    }
+    for name, size in sizes.items():
+        if size % tp:
+            raise ValueError(f"{flag}: must divide {name}, {size}")
+    if parallel.sequence_parallel and tp == 1:
+        raise ValueError("--sequence-parallel: needs --tensor-model-parallel-size of at least 2")
+    if parallel.transformer_impl not in ("local", "transformer_engine"):
+        raise ValueError(
+            f"--transformer-impl {parallel.transformer_impl}: choose local or transformer_engine"
+        )
+    if parallel.distributed_backend not in ("", "nccl", "gloo"):
+        raise ValueError(f"--distributed-backend {parallel.distributed_backend}: choose nccl or gloo")
+    if parallel.overlap_param_gather and not parallel.use_distributed_optimizer:
+        raise ValueError("--overlap-param-gather: needs --use-distributed-optimizer")
+    return world_size // tp
+
+
+_NOT_NEGATIVE = (
+    "global_batch_size",
+    "eval_iters",
+    "min_lr",
+    "lr_warmup_iters",
+    "lr_decay_iters",
+    "weight_decay",
+    "adam_eps",
+    "clip_grad",
+    "exit_interval",
+    "exit_duration_in_mins",
+    "num_workers",
+)
+
+
+def check_train(config: RunConfig, data_parallel_size: int) -> None:
+    """Check batch, lengths, schedule and intervals. Raises ValueError."""
+    train, model, tp = config.train, config.model, config.parallel.tensor_model_parallel_size
+    for name in ("seq_length", "micro_batch_size", "train_iters", "lr"):
+        if not 0 < getattr(train, name) < float("inf"):
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(train, name)}: must be given and positive")
+    for part in (train, config.data):
+        for name in _NOT_NEGATIVE:
+            value = getattr(part, name, 0)
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must not be negative")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(train, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(train, name)}: must be in [0, 1)")
+    intervals = {
+        "--log-interval": config.log.log_interval,
+        "--save-interval": config.checkpoint.save_interval,
+        "--eval-interval": train.eval_interval,
+    }
+    for flag, interval in intervals.items():
+        if interval < 1:
+            hint = " (--eval-iters 0 turns validation off)" if flag == "--eval-interval" else ""
+            raise ValueError(f"{flag} {interval}: must be at least 1{hint}")
+    step = train.micro_batch_size * data_parallel_size
+    if train.global_batch_size % step:
+        nearest = max(step, round(train.global_batch_size / step) * step)
+        raise ValueError(
+            f"--global-batch-size {train.global_batch_size}: must be a multiple of --micro-batch-size "
+            f"{train.micro_batch_size} x {data_parallel_size} data-parallel ranks; try {nearest}"
+        )
+    if train.seq_length > model.max_position_embeddings:
+        raise ValueError(
+            f"--seq-length {train.seq_length}: longer than --max-position-embeddings "
+            f"{model.max_position_embeddings}"
+        )
+    if config.parallel.sequence_parallel and train.seq_length % tp:
+        raise ValueError(
+            f"--seq-length {train.seq_length}: must be divisible by {tp} with --sequence-parallel"
+        )
+    if train.min_lr > train.lr:
+        raise ValueError(f"--min-lr {train.min_lr}: above --lr {train.lr}")
+    if train.lr_warmup_iters >= train.lr_decay_iters:
+        raise ValueError(
+            f"--lr-warmup-iters {train.lr_warmup_iters}: must be below the {train.lr_decay_iters} decay "
+            "steps (--train-iters or --lr-decay-iters)"
+        )
+    styles = ("constant", "linear", "cosine", "inverse-square-root")
+    if train.lr_decay_style not in styles:
+        raise ValueError(f"--lr-decay-style {train.lr_decay_style}: choose one of {', '.join(styles)}")
+    if train.bf16 and train.fp16:
+        raise ValueError("--bf16: --fp16 is given too; give one")
+
+
+def check_device(config: RunConfig, device: Device, data_parallel_size: int) -> str:
+    """Check what this device can run and whether the model fits its memory.
+
+    Returns:
+        One line: estimated and available memory.
+    Raises:
+        ValueError: naming the flag, the value and what would work.
+    """
+    train = config.train
+    if not device.supports_low_precision_optimizer:
+        wanted = {
+            "--bf16": train.bf16,
+            "--fp16": train.fp16,
+            "--use-distributed-optimizer": config.parallel.use_distributed_optimizer,
+            "--transformer-impl transformer_engine": config.parallel.transformer_impl != "local",
+            "--distributed-backend nccl": config.parallel.distributed_backend == "nccl",
+        }
+        for flag, given in wanted.items():
+            if given:
+                raise ValueError(
+                    f"{flag}: needs a GPU, and none is visible here; drop it to train in fp32 on the CPU"
+                )
+    need = formulas.training_memory_bytes(
+        config.model,
+        config.parallel,
+        seq_length=train.seq_length,
+        micro_batch_size=train.micro_batch_size,
+        data_parallel_size=data_parallel_size,
+        low_precision=train.bf16 or train.fp16,
+    )["total"]
+    have = device.total_memory_bytes()
+    line = f"memory per process: about {need / 2**30:.2f} GiB needed, {have / 2**30:.2f} GiB there"
+    if need > have:
+        raise ValueError(
+            f"--micro-batch-size {train.micro_batch_size}: {line}; lower it, or --seq-length, "
+            "--num-layers or --hidden-size, or raise --tensor-model-parallel-size"
+        )
+    return line
