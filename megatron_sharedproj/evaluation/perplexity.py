@@ -1,0 +1,160 @@
+"""Perplexity of a model over an indexed data set, by two protocols that are never mixed up.
+
+``packed``: documents back to back, every real token scored once, nothing else (the headline).
+``padded``: the paper's protocol: a document per row, cut at s + 1 tokens, filled up with end-of-document
+tokens, and the filling is scored too, which deflates the figure (paper.md, section 3).
+
+Shape legend: s sequence length, b batch.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed
+from numpy.typing import NDArray
+
+from megatron_sharedproj.duration import format_duration
+from megatron_sharedproj.inference.loading import LoadedModel
+
+PROTOCOLS = ("packed", "padded")
+
+# Tokens [s], labels [s], and a mask [s] of the labels that are scored.
+Row = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]
+
+
+def packed_row(stream: NDArray[Any], seq_length: int, index: int) -> Row:
+    """Window ``index`` of a token stream; together they score each token but the first exactly once."""
+    window = stream[index * seq_length : (index + 1) * seq_length + 1]
+    return _row(window, seq_length, 0, scored=len(window) - 1)
+
+
+def padded_row(documents: list[NDArray[Any]], seq_length: int, eod: int, index: int) -> Row:
+    """Document ``index`` as the paper's released code makes a row of it."""
+    return _row(documents[index][: seq_length + 1], seq_length, eod, scored=seq_length)
+
+
+def _row(window: NDArray[Any], seq_length: int, fill: int, *, scored: int) -> Row:
+    full = np.full(seq_length + 1, fill, dtype=np.int64)
+    full[: len(window)] = window
+    return full[:-1], full[1:], np.arange(seq_length) < scored
+
+
+def unigram_entropy(stream: NDArray[Any]) -> float:
+    """Entropy of the stream's own token frequencies, nats per token: what a model without context reaches."""
+    _, counts = np.unique(stream, return_counts=True)
+    p = counts / counts.sum()
+    return float(-(p * np.log(p)).sum())
+
+
+def _read(prefix: str, max_tokens: int) -> tuple[NDArray[Any], list[NDArray[Any]]]:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    dataset = IndexedDataset(prefix)
+    documents: list[NDArray[Any]] = []
+    taken = 0
+    for index in range(len(dataset.document_indices) - 1):
+        first, last = dataset.document_indices[index], dataset.document_indices[index + 1]
+        document = np.concatenate([dataset[i] for i in range(first, last)])
+        if max_tokens and taken + len(document) > max_tokens:
+            document = document[: max_tokens - taken]
+        documents.append(document)
+        taken += len(document)
+        if max_tokens and taken >= max_tokens:
+            break
+    return np.concatenate(documents), documents
+
+
+@torch.no_grad()
+def evaluate_perplexity(
+    loaded: LoadedModel,
+    prefix: str,
+    *,
+    protocol: str = "packed",
+    seq_length: int = 0,
+    micro_batch_size: int = 8,
+    max_tokens: int = 0,
+    show_progress: bool = False,
+) -> dict[str, Any]:
+    """Score a data set. Collective: data-parallel ranks share the rows.
+
+    Args:
+        prefix: indexed data set, already validated.
+        protocol: ``packed`` or ``padded``.
+        seq_length: tokens per row; 0: the run's.
+        max_tokens: use the first so many tokens; 0: all.
+    Returns:
+        protocol, loss (nats per scored token), perplexity, tokens scored, real_tokens among them,
+        bits_per_byte (packed, byte-level tokenizers; the bytes are those of the scored tokens), bytes,
+        unigram_entropy (nats), tokens_per_second.
+    Raises:
+        ValueError: for an unknown protocol or a length beyond the model's positions.
+    """
+    from megatron.core import parallel_state
+
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"--protocol {protocol}: choose one of {', '.join(PROTOCOLS)} or both")
+    seq_length = seq_length or loaded.config.train.seq_length
+    limit = loaded.config.model.max_position_embeddings
+    if not 1 <= seq_length <= limit:
+        raise ValueError(f"--seq-length {seq_length}: must be from 1 to the model's {limit} positions")
+    stream, documents = _read(prefix, max_tokens)
+    if len(stream) < 2:
+        raise ValueError(f"--data-path {prefix}: holds {len(stream)} token(s), nothing to score")
+    eod = loaded.tokenizer.eod
+    if protocol == "packed":
+        count, real = -(-(len(stream) - 1) // seq_length), len(stream) - 1
+        row: Callable[[int], Row] = partial(packed_row, stream, seq_length)
+    else:
+        count, real = len(documents), sum(len(d[: seq_length + 1]) - 1 for d in documents)
+        row = partial(padded_row, documents, seq_length, eod)
+    ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+    mine = range(rank, count, ranks)
+    positions = torch.arange(seq_length, device=loaded.device)
+    sums = torch.zeros(2, dtype=torch.float64, device=loaded.device)
+    started = time.perf_counter()
+    for start in range(0, len(mine), micro_batch_size):
+        batch = [row(index) for index in mine[start : start + micro_batch_size]]
+        tokens, labels, mask = (
+            torch.from_numpy(np.stack(column)).to(loaded.device) for column in zip(*batch, strict=True)
+        )
+        losses = loaded.model(tokens, positions.expand_as(tokens), None, labels=labels)
+        sums += torch.stack([losses.double()[mask].sum(), mask.sum().double()])
+        if show_progress:
+            _progress(start + len(batch), len(mine), started)
+    torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    seconds = time.perf_counter() - started
+    nats, scored = sums[0].item(), int(sums[1].item())
+    loss = nats / scored
+    result: dict[str, Any] = {
+        "protocol": protocol,
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "tokens": scored,
+        "real_tokens": real,
+        "seq_length": seq_length,
+        "unigram_entropy": unigram_entropy(stream),
+        "tokens_per_second": scored / seconds,
+    }
+    lengths = loaded.tokenizer.byte_lengths()
+    if protocol == "packed" and lengths is not None:
+        # The first token is given, not predicted: its bytes are not counted either.
+        size = int(lengths[stream[1:].astype(np.int64)].sum())
+        result.update(bytes=size, bits_per_byte=nats / math.log(2) / size)
+    return result
+
+
+def _progress(done: int, total: int, started: float) -> None:
+    rate = done / (time.perf_counter() - started)
+    end = "\n" if done == total else ""
+    sys.stderr.write(
+        f"\r\033[K{done}/{total} rows  {rate:.1f} rows/s  ETA {format_duration((total - done) / rate)}{end}"
+    )
+    sys.stderr.flush()

@@ -1,0 +1,1 @@
+"""Trained models at work: loading a checkpoint, generating text with a halved cache."""
