@@ -1,0 +1,1 @@
+"""Reports and plots of finished or running trainings, from the files that a run leaves."""
