@@ -121,6 +121,11 @@ def build_trainer(
     )  # fmt: skip
     if checkpoint is not None:
         _resume(trainer, checkpoint, load_checkpoint)
+    # Only now, when all of it stands, is anything written to the run folder.
+    if config.checkpoint.save and distributed.is_rank_0():
+        Path(config.checkpoint.save).mkdir(parents=True, exist_ok=True)
+        write_json(Path(config.checkpoint.save) / files.RUN_CONFIG, to_dict(config))
+    log.open()
     return trainer
 
 
@@ -167,9 +172,6 @@ def main(argv: list[str] | None = None) -> int:
         timeout_minutes=config.parallel.distributed_timeout_minutes,
         seed=config.train.seed,
     )
-    if config.checkpoint.save and first:
-        Path(config.checkpoint.save).mkdir(parents=True, exist_ok=True)
-        write_json(Path(config.checkpoint.save) / files.RUN_CONFIG, to_dict(config))
     try:
         trainer = build_trainer(*prepared)
         code = trainer.train()

@@ -150,5 +150,7 @@ def build_iterator(
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
+        # Without its own, the loader takes its worker seed from the stream that dropout draws from.
+        generator=torch.Generator(),
     )
     return iter(loader)

@@ -36,10 +36,15 @@ class TrainingLog:
         self._tensorboard: Any = None
         self._wandb: Any = None
         self._progress = enabled and sys.stderr.isatty()
-        if enabled:
-            self._open()
 
-    def _open(self) -> None:
+    def open(self) -> None:
+        """Create the files; before it, messages are printed and nothing is written.
+
+        Raises:
+            ValueError: if a library that a flag asks for is not installed.
+        """
+        if not self.enabled:
+            return
         log, save = self.config.log, self.config.checkpoint.save
         if save:
             Path(save).mkdir(parents=True, exist_ok=True)

@@ -69,6 +69,7 @@ class Trainer:
     consumed_samples: int = 0
     hooks: list[Hook] = field(default_factory=list)
     last_loss: float = math.nan
+    last_grad_norm: float | None = None
     last_saved: int = -1
 
     def _schedule_step(self, iterator: Any, micro_batches: int, forward_only: bool) -> float:
@@ -113,7 +114,7 @@ class Trainer:
             self.schedule.step(increment=train.global_batch_size)
         self.iteration += 1
         self.consumed_samples += train.global_batch_size
-        self.last_loss = loss
+        self.last_loss, self.last_grad_norm = loss, grad_norm
         self.log.step(
             self.iteration,
             loss=loss,

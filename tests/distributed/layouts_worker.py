@@ -1,0 +1,91 @@
+"""One torchrun launch that trains every model under every layout and writes the losses as JSON.
+
+A layout with fewer ranks than were started uses the first ones: the process group is made anew for each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch.distributed
+
+import tiny
+from megatron_sharedproj import distributed
+from megatron_sharedproj.device import get_device
+from megatron_sharedproj.quiet import quiet_libraries
+
+STEPS = 20
+SAVED_AT = 10
+
+# name -> ranks, tensor-parallel size, sequence parallel
+LAYOUTS = {
+    "TP1": (1, 1, False),
+    "TP2": (2, 2, False),
+    "TP2+SP": (2, 2, True),
+    "DP2": (2, 1, False),
+    "TP2xDP2": (4, 2, False),
+    "TP4": (4, 4, False),
+}
+# name -> variant, groups (0: as many as heads)
+MODELS = {
+    "qkv": ("qkv", 0),
+    "q_eq_k": ("q_eq_k", 0),
+    "qk_eq_v": ("qk_eq_v", 0),
+    "q_eq_k_eq_v": ("q_eq_k_eq_v", 0),
+    "GQA-2": ("qkv", 2),
+    "MQA": ("qkv", 1),
+    "Q-GQA-2": ("qk_eq_v", 2),
+    "Q-MQA": ("qk_eq_v", 1),
+}
+
+
+def run(line: list[str]) -> list[list[float]]:
+    """Loss and gradient norm of every step that is left to do."""
+    trainer = tiny.trainer(line)
+    trainer.log.enabled = False
+    iterator = trainer._iterator(trainer.train_data, trainer.consumed_samples)
+    trainer.model.train()
+    history = []
+    while trainer.iteration < STEPS:
+        trainer.step(iterator)
+        history.append([trainer.last_loss, trainer.last_grad_norm])
+        if trainer.iteration == SAVED_AT and trainer.config.checkpoint.save:
+            trainer.save()
+    return history
+
+
+def main() -> None:
+    quiet_libraries()
+    folder = Path(sys.argv[1])
+    rank, started = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    get_device().install()
+    results: dict[str, dict[str, list[list[float]]]] = {}
+    for index, (layout, (ranks, tp, sequence_parallel)) in enumerate(LAYOUTS.items()):
+        if rank >= ranks or ranks > started:
+            continue
+        os.environ["WORLD_SIZE"] = str(ranks)
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{folder}/store{index}", rank=rank, world_size=ranks
+        )
+        distributed.initialize(get_device(), tensor_model_parallel_size=tp)
+        results[layout] = {}
+        for model, (variant, groups) in MODELS.items():
+            line = tiny.flags(
+                folder / "tiny_text_document", variant, groups, train_iters=STEPS,
+                tensor_model_parallel_size=tp, sequence_parallel=sequence_parallel,
+            )  # fmt: skip
+            saved = folder / "checkpoints" / model
+            results[layout][model] = run(line + ["--save", str(saved)] if layout == "TP1" else line)
+            if layout in ("TP2", "TP2xDP2", "TP4"):
+                # The single process's checkpoint, continued here.
+                results[layout][f"{model} resumed"] = run([*line, "--load", str(saved)])
+        distributed.finalize()
+    if rank == 0:
+        (folder / "losses.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
