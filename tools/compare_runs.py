@@ -19,12 +19,17 @@ except ModuleNotFoundError:  # a bare clone
 from megatron_sharedproj.reporting.compare import summarize, table
 
 
-def main(argv: list[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="--save folders; the first is the baseline")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0, or 2 for a mistake in the flags (one line on stderr)."""
+    args = build_parser().parse_args(argv)
     try:
         rows = [summarize(run) for run in args.runs]
     except ValueError as error:

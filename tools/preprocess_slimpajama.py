@@ -127,9 +127,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         print(build_tokenizer(**tokenizer).describe(), file=sys.stderr)
     except ValueError as error:
-        flag = f"--tokenizer-model {args.tokenizer_model}" if args.tokenizer_model else "--tokenizer-type"
-        value = "" if args.tokenizer_model else f" {args.tokenizer_type}"
-        raise UsageError(f"{flag}{value}: {error}") from None
+        raise UsageError(str(error)) from None
     try:
         if not args.overwrite:  # all keys, before the first one is written
             prefixes = [output_prefix_of(args.output_prefix, s, key) for s in files for key in args.json_keys]

@@ -169,8 +169,26 @@ def build_tokenizer(
         vocab.json/merges.txt or encoder.json/vocab.bpe.
     NullTokenizer: `vocab_size` ids, the last of which is the eod.
 
-    Raises ValueError naming what is missing or wrong, and what would work.
+    Raises ValueError naming the flag, its value, and what would work.
     """
+    try:
+        return _build(tokenizer_type, tokenizer_model, vocab_file, merge_file, vocab_size)
+    except ValueError as error:
+        flag = (
+            f"--tokenizer-model {tokenizer_model}"
+            if tokenizer_model
+            else f"--tokenizer-type {tokenizer_type}"
+        )
+        raise ValueError(f"{flag}: {error}") from None
+
+
+def _build(
+    tokenizer_type: str,
+    tokenizer_model: str | None,
+    vocab_file: str | None,
+    merge_file: str | None,
+    vocab_size: int | None,
+) -> Tokenizer:
     if tokenizer_type == "NullTokenizer":
         if vocab_size is None:
             raise ValueError("NullTokenizer needs --vocab-size")

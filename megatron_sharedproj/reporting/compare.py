@@ -40,6 +40,10 @@ def summarize(run: str | Path) -> dict[str, Any]:
         ValueError: if the folder is not a run.
     """
     run = Path(run)
+    if not (run / files.RUN_CONFIG).is_file():
+        raise ValueError(
+            f"{run}: not a run folder ({files.RUN_CONFIG} is missing); give a trainer's --save folder"
+        )
     config = files.checkpoint_config(run)
     figures: dict[str, Any] = {
         "run": str(run),

@@ -1,4 +1,6 @@
-"""One torchrun launch that trains every model under every layout and writes the losses as JSON.
+"""One torchrun launch that trains every model under the named layouts and writes the losses as JSON.
+
+    layouts_worker.py FOLDER LAYOUT [LAYOUT ...]
 
 A layout with fewer ranks than were started uses the first ones: the process group is made anew for each.
 """
@@ -20,6 +22,8 @@ from megatron_sharedproj.quiet import quiet_libraries
 STEPS = 20
 SAVED_AT = 10
 
+BATCH = 4
+
 # name -> ranks, tensor-parallel size, sequence parallel
 LAYOUTS = {
     "TP1": (1, 1, False),
@@ -29,6 +33,7 @@ LAYOUTS = {
     "TP2xDP2": (4, 2, False),
     "TP4": (4, 4, False),
 }
+RESUMED = ("TP2", "TP4")
 # name -> variant, groups (0: as many as heads)
 MODELS = {
     "qkv": ("qkv", 0),
@@ -59,12 +64,14 @@ def run(line: list[str]) -> list[list[float]]:
 
 def main() -> None:
     quiet_libraries()
-    folder = Path(sys.argv[1])
+    folder, chosen = Path(sys.argv[1]), sys.argv[2:]
     rank, started = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     get_device().install()
     results: dict[str, dict[str, list[list[float]]]] = {}
-    for index, (layout, (ranks, tp, sequence_parallel)) in enumerate(LAYOUTS.items()):
-        if rank >= ranks or ranks > started:
+    for index, layout in enumerate(chosen):
+        ranks, tp, sequence_parallel = LAYOUTS[layout]
+        assert ranks <= started
+        if rank >= ranks:
             continue
         os.environ["WORLD_SIZE"] = str(ranks)
         torch.distributed.init_process_group(
@@ -74,12 +81,18 @@ def main() -> None:
         results[layout] = {}
         for model, (variant, groups) in MODELS.items():
             line = tiny.flags(
-                folder / "tiny_text_document", variant, groups, train_iters=STEPS,
-                tensor_model_parallel_size=tp, sequence_parallel=sequence_parallel,
-            )  # fmt: skip
+                folder / "tiny_text_document",
+                variant,
+                groups,
+                train_iters=STEPS,
+                micro_batch_size=BATCH * tp // ranks,
+                global_batch_size=BATCH,
+                tensor_model_parallel_size=tp,
+                sequence_parallel=sequence_parallel,
+            )
             saved = folder / "checkpoints" / model
             results[layout][model] = run(line + ["--save", str(saved)] if layout == "TP1" else line)
-            if layout in ("TP2", "TP2xDP2", "TP4"):
+            if layout in RESUMED:
                 # The single process's checkpoint, continued here.
                 results[layout][f"{model} resumed"] = run([*line, "--load", str(saved)])
         distributed.finalize()

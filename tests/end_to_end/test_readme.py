@@ -1,0 +1,63 @@
+"""Every command of the README is one that the program takes."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = (ROOT / "README.md").read_text()
+
+
+def commands() -> list[str]:
+    """Lines of the README's bash blocks, continuations joined and comments dropped."""
+    found = []
+    for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            if words := shlex.split(line, comments=True):
+                found.append(shlex.join(words))
+    return found
+
+
+def load(script: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("python tools/")])
+def test_tool_takes_its_flags(command: str) -> None:
+    _, script, *flags = shlex.split(command)
+    load(script).build_parser().parse_args(flags)
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if " bash " in f" {c}" or c.startswith("make")])
+def test_script_or_target_exists(command: str) -> None:
+    words = [word for word in shlex.split(command) if "=" not in word or word.startswith("-")]
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
+    else:
+        assert (ROOT / words[1]).is_file()
+
+
+def test_the_two_commands_come_first() -> None:
+    assert commands()[:2] == ["bash examples/quickstart.sh", "make test"]
+
+
+def test_parameter_table_is_what_the_formulas_say() -> None:
+    from megatron_sharedproj import formulas
+    from megatron_sharedproj.config import PRESETS
+
+    rows = re.findall(r"^\| [^|]+ \| `(\w+)`(?:, (\d+) groups?)? \| ([\d,]+) \| ([\d,]+) \|$", TEXT, re.M)
+    assert len(rows) == 8
+    for variant, groups, parameters, cache in rows:
+        config = PRESETS["300m"].replace(attention_variant=variant, num_query_groups=int(groups or 16))
+        assert f"{formulas.parameters(config)['total']:,}" == parameters
+        assert f"{formulas.kv_cache_bytes_per_token(config):,}" == cache
