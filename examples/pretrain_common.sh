@@ -73,5 +73,7 @@ run_preset() {
         echo
         return 0
     fi
+    # Mistakes are reported here in one line; under torchrun its own traceback follows them.
+    WORLD_SIZE=$nproc "${PYTHON:-python3}" -m megatron_sharedproj.pretrain "${args[@]}" "${user[@]}" --check-only || return $?
     exec "${command[@]}"
 }

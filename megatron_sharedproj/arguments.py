@@ -194,6 +194,11 @@ def build_parser() -> argparse.ArgumentParser:
         if title == "parallelism":
             for flag in ("--pipeline-model-parallel-size", "--context-parallel-size"):
                 group.add_argument(flag, type=int, default=1, help="only 1 is supported yet")
+    parser.add_argument(
+        "--check-only",
+        action="store_true",
+        help="check flags, files and checkpoint as a start would, then exit (WORLD_SIZE: number of processes)",
+    )
     fixed = parser.add_argument_group("accepted from Megatron-LM, always so here")
     for flag in _ALWAYS_SO:
         fixed.add_argument(f"--{flag}", action="store_true", help=argparse.SUPPRESS)

@@ -87,7 +87,7 @@ def transformer_config(
 
 
 def build_model(
-    model: ModelConfig,
+    model_config: ModelConfig,
     parallel: ParallelConfig | None = None,
     *,
     dtype: torch.dtype = torch.float32,
@@ -103,24 +103,26 @@ def build_model(
         config_overrides: fields set on the TransformerConfig (finalize_model_grads_func, ...).
     """
     parallel = parallel or ParallelConfig()
-    config = transformer_config(model, parallel, dtype=dtype)
+    config = transformer_config(model_config, parallel, dtype=dtype)
     for name, value in config_overrides.items():
         setattr(config, name, value)
     block = get_block_spec(
-        model.attention_variant,
-        model.num_layers,
-        normalization=model.normalization,
-        qk_layernorm=model.qk_layernorm,
+        model_config.attention_variant,
+        model_config.num_layers,
+        normalization=model_config.normalization,
+        qk_layernorm=model_config.qk_layernorm,
         transformer_impl=parallel.transformer_impl,
     )
-    return GPTModel(
+    model = GPTModel(
         config=config,
         transformer_layer_spec=block,
-        vocab_size=model.padded_vocab_size,
-        max_sequence_length=model.max_position_embeddings,
+        vocab_size=model_config.padded_vocab_size,
+        max_sequence_length=model_config.max_position_embeddings,
         parallel_output=parallel_output,
-        share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
-        position_embedding_type=model.position_embedding_type,
-        rotary_percent=model.rotary_percent,
-        rotary_base=model.rotary_base,
+        share_embeddings_and_output_weights=not model_config.untie_embeddings_and_output_weights,
+        position_embedding_type=model_config.position_embedding_type,
+        rotary_percent=model_config.rotary_percent,
+        rotary_base=model_config.rotary_base,
     )
+    # Megatron makes some parameters (position embedding, norms) in fp32 whatever the dtype is.
+    return model.to(dtype)

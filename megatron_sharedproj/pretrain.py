@@ -104,6 +104,11 @@ def build_trainer(
     wrapped = optim.wrap_data_parallel(model, config.parallel, train)
     optimizer = optim.build_optimizer(wrapped, config.parallel, train)
     model.config.grad_scale_func = optimizer.scale_loss
+    if config.parallel.overlap_grad_reduce:
+        # Micro batches before the last one only accumulate.
+        model.config.no_sync_func = wrapped.no_sync
+    if config.parallel.overlap_param_gather:
+        model.config.param_sync_func = wrapped.start_param_sync
     schedule = optim.build_schedule(optimizer, train)
     distributed.seed_all(train.seed, data_parallel_offset=True)
 
@@ -165,6 +170,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
         return 2
     config, _, _, device, _ = prepared
+    if args.check_only:
+        return 0
     distributed.initialize(
         device,
         tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,

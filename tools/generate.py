@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
         return
     for index, text in enumerate(result.text):
         print(text if len(result.text) == 1 else f"--- sample {index + 1}\n{text}")
-    rate = result.new_tokens * args.num_samples / result.decode_seconds if result.new_tokens else 0.0
+    rate = result.tokens_per_second
     cached = ", ".join(loaded.config.model.variant.cached)
     note = (
         f"cache: {result.cache_bytes} bytes measured ({cached}), {result.cache_formula_bytes} by the formula"

@@ -6,8 +6,11 @@ interrupted save leaves the previous checkpoint as it was. It loads at any tenso
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pickle
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +108,23 @@ def save_checkpoint(
     return final
 
 
+@contextlib.contextmanager
+def _weights_only() -> Iterator[None]:
+    """torch.load takes tensors and plain values only, whatever its caller says.
+
+    torch's planner reads byte entries, where Megatron-Core 0.17 and later keep the common state, with
+    ``weights_only=False``; these variables are torch's documented way to overrule a call site.
+    """
+    force, never = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+    before = {name: os.environ.pop(name, None) for name in (force, never)}
+    os.environ[force] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[force]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
 def _drop_extra_state(state: Any) -> Any:
     # Modules' extra state is pickled bytes; this package's modules have none, and nothing pickled is read.
     if isinstance(state, dict):
@@ -174,7 +194,15 @@ def load_checkpoint(
     if load_rng and same_layout:
         state[_RNG_KEY] = _rng_tensors(device)
     _check_readable(state, folder)
-    loaded = dist_checkpointing.load(state, str(folder))
+    try:
+        with _weights_only():
+            loaded = dist_checkpointing.load(state, str(folder))
+    except torch_checkpoint.CheckpointException as error:
+        # torch wraps each rank's error, with its traceback, in a BaseException.
+        causes = {f"{type(cause).__name__}: {cause}".splitlines()[0] for cause, _ in error.failures.values()}
+        raise ValueError(f"--load {folder}: cannot be read ({'; '.join(sorted(causes))})") from error
+    except (pickle.UnpicklingError, RuntimeError, OSError) as error:
+        raise ValueError(f"--load {folder}: cannot be read ({str(error).splitlines()[0]})") from error
     result = model.load_state_dict(loaded["model"], strict=False)
     absent = [key for key in result.missing_keys if not key.endswith("_extra_state")]
     if absent or result.unexpected_keys:

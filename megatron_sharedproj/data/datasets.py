@@ -16,6 +16,9 @@ from megatron_sharedproj.data.indexed import validate_indexed
 
 _SPLITS = ("train", "valid", "test")
 
+# Ids checked at every start; all of a terabyte would take longer than a restart may.
+_CHECKED_TOKENS = 200_000_000
+
 
 def blend_prefixes(values: list[str], flag: str) -> tuple[list[str], list[float] | None]:
     """Split Megatron's blend, ``PREFIX`` or ``WEIGHT PREFIX WEIGHT PREFIX ...``.
@@ -74,7 +77,7 @@ def resolve_blends(data: DataConfig, vocab_size: int) -> list[Any]:
         ]
     for blend in blends:
         for prefix in blend[0] if blend else []:
-            validate_indexed(prefix, vocab_size)
+            validate_indexed(prefix, vocab_size, max_tokens=_CHECKED_TOKENS)
     return blends
 
 

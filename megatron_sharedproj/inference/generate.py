@@ -5,6 +5,8 @@ Shape legend: s sequence, b batch, V padded vocabulary.
 
 from __future__ import annotations
 
+import itertools
+import statistics
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +45,7 @@ class Generation:
 
     Attributes:
         tokens: [b, prompt + new] ids; text: their decoding, cut at the end-of-document token.
-        prefill_seconds, decode_seconds: wall time; new_tokens: tokens made by decode steps, per sequence.
+        prefill_seconds: wall time to the first new token; step_seconds: of each later one.
         cache_bytes: bytes that the cache's storage holds, measured, on this rank.
         cache_formula_bytes: the same from formulas.kv_cache_bytes_per_token over all ranks.
         cache_tokens: length that the cache has room for, per sequence.
@@ -52,11 +54,15 @@ class Generation:
     tokens: Tensor
     text: list[str]
     prefill_seconds: float
-    decode_seconds: float
-    new_tokens: int
+    step_seconds: list[float]
     cache_bytes: int
     cache_formula_bytes: int
     cache_tokens: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens per second over all sequences, from the median decode step; 0 without one."""
+        return len(self.text) / statistics.median(self.step_seconds) if self.step_seconds else 0.0
 
 
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
@@ -121,11 +127,10 @@ def generate(
     tokens = torch.tensor(ids, device=loaded.device)
     generator = torch.Generator(loaded.device).manual_seed(sampling.seed)
     context = StaticInferenceContext(len(ids), total) if use_cache else None
-    started = time.perf_counter()
-    prefilled = started
+    marks = [time.perf_counter()]
     finished = torch.zeros(len(ids), dtype=torch.bool, device=loaded.device)
     position = 0
-    for index in range(max_new_tokens):
+    for _ in range(max_new_tokens):
         logits = _next_logits(model, tokens[:, position:], position, context, tokenizer.vocab_size)
         chosen = sample(logits, sampling, generator)
         chosen = torch.where(finished, tokenizer.eod, chosen)
@@ -135,18 +140,16 @@ def generate(
             context.sequence_len_offset = position
             context.enable_decode_mode()
         tokens = torch.cat([tokens, chosen[:, None]], dim=1)
-        if index == 0:
-            prefilled = time.perf_counter()
-        if bool(finished.all()):
+        done = bool(finished.all())
+        marks.append(time.perf_counter())
+        if done:
             break
-    ended = time.perf_counter()
     width = torch.tensor([], dtype=model.config.params_dtype).element_size()
     return Generation(
         tokens=tokens.cpu(),
         text=[_decode(tokenizer, row.tolist(), len(prompt)) for row, prompt in zip(tokens, ids, strict=True)],
-        prefill_seconds=prefilled - started,
-        decode_seconds=ended - prefilled,
-        new_tokens=tokens.shape[1] - length - 1,
+        prefill_seconds=marks[1] - marks[0],
+        step_seconds=[after - before for before, after in itertools.pairwise(marks[1:])],
         cache_bytes=cache_storage_bytes(context) if context is not None else 0,
         cache_formula_bytes=formulas.kv_cache_bytes_per_token(config, width) * len(ids) * total,
         cache_tokens=total,

@@ -124,7 +124,22 @@ def test_common_state_with_code_is_refused(parallel_state: Any, tmp_path: Path) 
     if not common.exists():
         pytest.skip("this Megatron-Core keeps its common state in the shards")
     torch.save(Payload(tmp_path / "pwned"), common)
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(ValueError, match="cannot be read .*Weights only load failed"):
+        run(tmp_path, train_iters=4)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_shard_with_code_is_refused(parallel_state: Any, tmp_path: Path) -> None:
+    run(tmp_path)
+    folder = files.resolve_checkpoint(tmp_path / "run")
+    metadata = files.read_metadata(folder)
+    torch.save(Payload(tmp_path / "pwned"), folder / "__9_9.distcp")
+    for index, stored in metadata.storage_data.items():
+        if index.fqn == "decoder.final_layernorm.weight":
+            size = (folder / "__9_9.distcp").stat().st_size
+            stored.relative_path, stored.offset, stored.length = "__9_9.distcp", 0, size
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match="cannot be read .*UnpicklingError: Weights only load failed"):
         run(tmp_path, train_iters=4)
     assert not (tmp_path / "pwned").exists()
 

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch.distributed
 
@@ -24,14 +25,15 @@ SAVED_AT = 10
 
 BATCH = 4
 
-# name -> ranks, tensor-parallel size, sequence parallel
-LAYOUTS = {
-    "TP1": (1, 1, False),
-    "TP2": (2, 2, False),
-    "TP2+SP": (2, 2, True),
-    "DP2": (2, 1, False),
-    "TP2xDP2": (4, 2, False),
-    "TP4": (4, 4, False),
+# name -> ranks, tensor-parallel size, further flags
+LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "TP1": (1, 1, {}),
+    "TP2": (2, 2, {}),
+    "TP2+SP": (2, 2, {"sequence_parallel": True}),
+    "DP2": (2, 1, {}),
+    "DP2+overlap": (2, 1, {"overlap_grad_reduce": True, "micro_batch_size": 1}),
+    "TP2xDP2": (4, 2, {}),
+    "TP4": (4, 4, {}),
 }
 RESUMED = ("TP2", "TP4")
 # name -> variant, groups (0: as many as heads)
@@ -62,6 +64,19 @@ def run(line: list[str]) -> list[list[float]]:
     return history
 
 
+def draw_streams() -> list[list[float]]:
+    """One number of the default and of the tracked random stream, of every rank, as dropout draws them."""
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    distributed.seed_all(7, data_parallel_offset=True)
+    default = torch.rand(1)
+    with get_cuda_rng_tracker().fork():
+        tracked = torch.rand(1)
+    rows = [torch.zeros(2) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(rows, torch.cat([default, tracked]))
+    return [row.tolist() for row in rows]
+
+
 def main() -> None:
     quiet_libraries()
     folder, chosen = Path(sys.argv[1]), sys.argv[2:]
@@ -69,7 +84,7 @@ def main() -> None:
     get_device().install()
     results: dict[str, dict[str, list[list[float]]]] = {}
     for index, layout in enumerate(chosen):
-        ranks, tp, sequence_parallel = LAYOUTS[layout]
+        ranks, tp, further = LAYOUTS[layout]
         assert ranks <= started
         if rank >= ranks:
             continue
@@ -78,17 +93,19 @@ def main() -> None:
             "gloo", init_method=f"file://{folder}/store{index}", rank=rank, world_size=ranks
         )
         distributed.initialize(get_device(), tensor_model_parallel_size=tp)
-        results[layout] = {}
+        results[layout] = {"streams": draw_streams()}
         for model, (variant, groups) in MODELS.items():
             line = tiny.flags(
                 folder / "tiny_text_document",
                 variant,
                 groups,
                 train_iters=STEPS,
-                micro_batch_size=BATCH * tp // ranks,
-                global_batch_size=BATCH,
-                tensor_model_parallel_size=tp,
-                sequence_parallel=sequence_parallel,
+                **{
+                    "micro_batch_size": BATCH * tp // ranks,
+                    "global_batch_size": BATCH,
+                    "tensor_model_parallel_size": tp,
+                    **further,
+                },
             )
             saved = folder / "checkpoints" / model
             results[layout][model] = run(line + ["--save", str(saved)] if layout == "TP1" else line)

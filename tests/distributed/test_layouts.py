@@ -17,7 +17,7 @@ from layouts_worker import MODELS, SAVED_AT, STEPS
 TESTS = Path(__file__).resolve().parents[1]
 # fp32 sums in another order: the largest difference seen over all of these was 6e-7 of the value.
 TOLERANCE = 5e-6
-QUICK = ["TP2", "TP2+SP", "DP2", "TP2xDP2"]
+QUICK = ["TP2", "TP2+SP", "DP2", "DP2+overlap", "TP2xDP2"]
 
 
 def launch(folder: Path, layouts: list[str]) -> dict[str, Any]:
@@ -58,6 +58,16 @@ def test_layout_equals_one_process(losses: dict[str, Any], layout: str, model: s
 @pytest.mark.parametrize("model", MODELS)
 def test_checkpoint_of_one_process_goes_on_under_tp2(losses: dict[str, Any], model: str) -> None:
     assert_equal(losses["TP2"][f"{model} resumed"], losses["TP1"][model][SAVED_AT:])
+
+
+def test_random_streams(losses: dict[str, Any]) -> None:
+    """Residual dropout is equal on the ranks of a replica, attention dropout differs on every rank."""
+    for layout, replicas in {"TP2": [[0, 1]], "DP2": [[0], [1]], "TP2xDP2": [[0, 1], [2, 3]]}.items():
+        rows = losses[layout]["streams"]
+        defaults = [{rows[rank][0] for rank in replica} for replica in replicas]
+        assert all(len(values) == 1 for values in defaults)
+        assert len(set.union(*defaults)) == len(replicas)
+        assert len({row[1] for row in rows}) == len(rows)
 
 
 @pytest.mark.slow
