@@ -197,7 +197,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--check-only",
         action="store_true",
-        help="check flags, files and checkpoint as a start would, then exit (WORLD_SIZE: number of processes)",
+        help="check flags, files and checkpoint as a start would, then exit (WORLD_SIZE: processes)",
     )
     fixed = parser.add_argument_group("accepted from Megatron-LM, always so here")
     for flag in _ALWAYS_SO:

@@ -16,7 +16,7 @@ from megatron_sharedproj.data.tokenizers import build_tokenizer
 from megatron_sharedproj.device import Device, get_device
 from megatron_sharedproj.ops.attention import select_path
 from megatron_sharedproj.quiet import quiet_libraries
-from megatron_sharedproj.validation import check_device
+from megatron_sharedproj.validation import check_device, check_folders
 
 
 def find_checkpoint(config: RunConfig) -> Path | None:
@@ -35,7 +35,13 @@ def find_checkpoint(config: RunConfig) -> Path | None:
     else:
         return None
     saved = files.checkpoint_config(folder)
-    files.check_same_model(config.model, saved.model, folder)
+    files.check_same_model(config.model, saved.model, folder, "--save" if own else "--load")
+    done = 0 if config.checkpoint.finetune and not own else files.train_state(folder)["iteration"]
+    if done > config.train.train_iters:
+        raise ValueError(
+            f"--train-iters {config.train.train_iters}: the checkpoint in {folder.parent} is at iteration "
+            f"{done} already; give more iterations, or another --save folder"
+        )
     if own:
         # The run's own checkpoint: --finetune was about the start, not about a restart.
         config.checkpoint.finetune = False
@@ -58,7 +64,9 @@ def prepare(args: Any) -> tuple[RunConfig, Any, list[Any], Device, Path | None]:
     check_device(config, device, world // config.parallel.tensor_model_parallel_size)
     select_path(tied_kv=config.model.variant.tied_kv, require_kernel=config.train.require_kernel)
     checkpoint = find_checkpoint(config)
-    blends = resolve_blends(config.data, tokenizer.vocab_size)
+    blends = resolve_blends(config.data, tokenizer.vocab_size, validate=config.train.eval_iters > 0)
+    if os.environ.get("RANK", "0") == "0":
+        check_folders(config)
     return config, tokenizer, blends, device, checkpoint
 
 
@@ -112,14 +120,16 @@ def build_trainer(
     schedule = optim.build_schedule(optimizer, train)
     distributed.seed_all(train.seed, data_parallel_offset=True)
 
+    resumed = checkpoint is not None and not config.checkpoint.finetune
+    done = files.train_state(checkpoint) if checkpoint is not None and resumed else {}
+    # Flags unchanged, this is train_iters global batches; a run that changed its batch has used others.
+    left = (train.train_iters - done.get("iteration", 0)) * train.global_batch_size
     sizes = (
-        train.train_iters * train.global_batch_size,
+        done.get("consumed_samples", 0) + left,
         train.eval_iters * train.global_batch_size,
         0,
     )
     train_data, valid_data, _ = build_datasets(config.data, train, tokenizer, blends, sizes)
-    if train_data is None:
-        raise ValueError("--data-path: no training data; give training a share in --split")
     trainer = Trainer(
         config=config, device=device, torch_device=local, model=wrapped, optimizer=optimizer,
         schedule=schedule, train_data=train_data, valid_data=valid_data, log=log,
@@ -151,8 +161,15 @@ def _resume(trainer: Any, folder: Path, load_checkpoint: Any) -> None:
         trainer.log.message(f"weights from {folder}; step, data, optimizer and RNG start anew")
         return
     trainer.iteration, trainer.consumed_samples = state["iteration"], state["consumed_samples"]
-    trainer.last_saved = -1 if trainer.config.checkpoint.save != str(folder.parent) else trainer.iteration
+    if options.save and Path(options.save).resolve() == folder.parent.resolve():
+        trainer.last_saved = trainer.iteration
     trainer.schedule.load_state_dict(state["schedule"])
+    changed = files.changed_training(files.checkpoint_config(folder), trainer.config)
+    if changed:
+        trainer.log.message(
+            f"note: changed since the checkpoint: {'; '.join(changed)}; learning rate and data order follow "
+            "the new values from here on"
+        )
     trainer.log.message(
         f"resumed from {folder}: iteration {trainer.iteration}, {trainer.consumed_samples} samples"
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 from megatron_sharedproj import formulas
 from megatron_sharedproj.config import RunConfig
 from megatron_sharedproj.device import Device
@@ -116,6 +119,43 @@ def check_train(config: RunConfig, data_parallel_size: int) -> None:
         raise ValueError(f"--lr-decay-style {train.lr_decay_style}: choose one of {', '.join(styles)}")
     if train.bf16 and train.fp16:
         raise ValueError("--bf16: --fp16 is given too; give one")
+
+
+def check_folders(config: RunConfig) -> None:
+    """Check that what the run will write can be written; leaves nothing behind.
+
+    Raises:
+        ValueError: naming the flag and the folder.
+    """
+    data = config.data
+    folders = {"--save": config.checkpoint.save, "--tensorboard-dir": config.log.tensorboard_dir}
+    if data.data_cache_path:
+        folders["--data-cache-path"] = data.data_cache_path
+    for flag, folder in folders.items():
+        if folder:
+            _check_writable(flag, Path(folder), "give a folder that can be written")
+    if not data.data_cache_path:
+        for prefix in [*data.data_path, *data.train_data_path, *data.valid_data_path]:
+            if Path(prefix + ".idx").is_file():
+                _check_writable("--data-cache-path", Path(prefix).parent, "give a folder for the index cache")
+
+
+def _check_writable(flag: str, folder: Path, remedy: str) -> None:
+    existing = folder.absolute()
+    made: list[Path] = []
+    while not existing.exists():
+        made.append(existing)
+        existing = existing.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{flag} {folder}: cannot be written ({error.strerror}); {remedy}") from None
+    finally:
+        for path in made:
+            if path.is_dir():
+                path.rmdir()
 
 
 def check_device(config: RunConfig, device: Device, data_parallel_size: int) -> str:

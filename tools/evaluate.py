@@ -49,6 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.output and not args.output.parent.is_dir():
+        raise ValueError(f"--output {args.output}: {args.output.parent} is not a folder")
     from megatron_sharedproj.evaluation.perplexity import PROTOCOLS, evaluate_perplexity
 
     for suffix in (".bin", ".idx"):

@@ -42,6 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.output and not args.output.parent.is_dir():
+        raise ValueError(f"--output {args.output}: {args.output.parent} is not a folder")
     if args.num_samples < 1:
         raise ValueError(f"--num-samples {args.num_samples}: must be at least 1")
     loaded = load_model(args, parallel_output=False)

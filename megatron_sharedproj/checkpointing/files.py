@@ -41,7 +41,9 @@ def latest_iteration(root: str | Path) -> int | None:
         return None
     text = tracker.read_text().strip()
     if not text.isdigit():
-        raise ValueError(f"{tracker}: holds {text!r}, not an iteration number; correct it or remove it")
+        raise ValueError(
+            f"--load {tracker}: holds {text!r}, not an iteration number; correct it or remove it"
+        )
     return int(text)
 
 
@@ -76,16 +78,45 @@ def checkpoint_config(folder: str | Path) -> RunConfig:
     path = Path(folder) / RUN_CONFIG
     try:
         return from_dict(RunConfig, json.loads(path.read_text()))
-    except (OSError, json.JSONDecodeError, TypeError) as error:
-        raise ValueError(f"{path}: not a readable run configuration ({error})") from None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"--load {path}: not a readable run configuration ({error})") from None
 
 
 def train_state(folder: str | Path) -> dict[str, Any]:
-    """Iteration, consumed samples and schedule of a checkpoint."""
-    return json.loads((Path(folder) / TRAIN_STATE).read_text())
+    """Iteration, consumed samples and schedule of a checkpoint.
+
+    Raises:
+        ValueError: if the file is missing or damaged.
+    """
+    path = Path(folder) / TRAIN_STATE
+    try:
+        state = json.loads(path.read_text())
+        return {
+            **state,
+            "iteration": int(state["iteration"]),
+            "consumed_samples": int(state["consumed_samples"]),
+        }
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"--load {path}: not a readable training state ({error}); use another iter_NNNNNNN folder"
+        ) from None
 
 
-def check_same_model(wanted: ModelConfig, saved: ModelConfig, folder: str | Path) -> None:
+def changed_training(saved: RunConfig, wanted: RunConfig) -> list[str]:
+    """Flags that decide the schedule or the data order and differ from the checkpoint's, in words."""
+    found = []
+    for part, names in (("train", _SCHEDULE_FIELDS), ("data", _DATA_FIELDS)):
+        before, now = getattr(saved, part), getattr(wanted, part)
+        for name in names:
+            if getattr(before, name) != getattr(now, name):
+                flag = "--" + name.replace("_", "-")
+                found.append(f"{flag} was {getattr(before, name)}, now {getattr(now, name)}")
+    return found
+
+
+def check_same_model(
+    wanted: ModelConfig, saved: ModelConfig, folder: str | Path, flag: str = "--load"
+) -> None:
     """Refuse a checkpoint of another variant or shape, listing the differing fields.
 
     Raises:
@@ -99,9 +130,24 @@ def check_same_model(wanted: ModelConfig, saved: ModelConfig, folder: str | Path
     ]
     if differing:
         raise ValueError(
-            f"--load {folder}: checkpoint of another model: {'; '.join(differing)}; pass the checkpoint's "
+            f"{flag} {folder}: checkpoint of another model: {'; '.join(differing)}; pass the checkpoint's "
             "values, or train into another --save folder"
         )
+
+
+_SCHEDULE_FIELDS = (
+    "seq_length",
+    "global_batch_size",
+    "train_iters",
+    "seed",
+    "lr",
+    "min_lr",
+    "lr_decay_style",
+    "lr_warmup_iters",
+    "lr_decay_iters",
+    "weight_decay",
+)
+_DATA_FIELDS = ("data_path", "train_data_path", "split")
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -152,7 +198,7 @@ def read_metadata(folder: str | Path) -> Any:
     try:
         return _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
     except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as error:
-        raise ValueError(f"{path}: not checkpoint metadata ({error}); refused") from None
+        raise ValueError(f"--load {path}: not checkpoint metadata ({error}); refused") from None
 
 
 def write_tracker(root: str | Path, iteration: int) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,10 +99,13 @@ def save_checkpoint(
         write_json(
             aside / files.TRAIN_STATE, {**train_state, "world_size": torch.distributed.get_world_size()}
         )
+        replaced = root / f".{final.name}.old"
+        shutil.rmtree(replaced, ignore_errors=True)
         if final.exists():
-            shutil.rmtree(final)
+            os.replace(final, replaced)
         os.replace(aside, final)
         files.write_tracker(root, iteration)
+        shutil.rmtree(replaced, ignore_errors=True)
     torch.distributed.barrier()
     return final
 
@@ -201,8 +203,10 @@ def load_checkpoint(
         # torch wraps each rank's error, with its traceback, in a BaseException.
         causes = {f"{type(cause).__name__}: {cause}".splitlines()[0] for cause, _ in error.failures.values()}
         raise ValueError(f"--load {folder}: cannot be read ({'; '.join(sorted(causes))})") from error
-    except (pickle.UnpicklingError, RuntimeError, OSError) as error:
-        raise ValueError(f"--load {folder}: cannot be read ({str(error).splitlines()[0]})") from error
+    except Exception as error:
+        # Megatron-Core reports damage in many ways, an AttributeError for a missing common.pt among them.
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"--load {folder}: cannot be read ({type(error).__name__}: {reason})") from error
     result = model.load_state_dict(loaded["model"], strict=False)
     absent = [key for key in result.missing_keys if not key.endswith("_extra_state")]
     if absent or result.unexpected_keys:

@@ -48,11 +48,45 @@ def blend_prefixes(values: list[str], flag: str) -> tuple[list[str], list[float]
     return prefixes, weights
 
 
-def resolve_blends(data: DataConfig, vocab_size: int) -> list[Any]:
+def split_shares(split: str) -> list[float]:
+    """``--split`` as three shares that sum to 1.
+
+    Raises:
+        ValueError: unless it is one to three numbers, not negative, with a positive sum.
+    """
+    try:
+        shares = [float(part) for part in split.split(",")]
+    except ValueError:
+        shares = []
+    valid = 1 <= len(shares) <= 3 and all(0 <= share < float("inf") for share in shares) and sum(shares) > 0
+    if not valid:
+        raise ValueError(
+            f"--split {split}: must be shares of training, validation and test, such as 969,30,1"
+        )
+    shares += [0.0] * (3 - len(shares))
+    return [share / sum(shares) for share in shares]
+
+
+def _check_split(split: str, prefix: str, documents: int, *, validate: bool) -> None:
+    # Megatron-Core loops for ever over a split whose share is positive and whose documents are none.
+    shares = split_shares(split)
+    end = 0.0
+    for name, share, needed in zip(_SPLITS, shares, (True, validate, False), strict=True):
+        begin, end = end, end + share
+        if needed and round(end * documents) - round(begin * documents) < 1:
+            hint = "; or switch validation off by --eval-iters 0" if name == "valid" else ""
+            raise ValueError(
+                f"--split {split}: leaves none of the {documents} documents of {prefix} to the {name} split; "
+                f"give it a larger share{hint}"
+            )
+
+
+def resolve_blends(data: DataConfig, vocab_size: int, *, validate: bool) -> list[Any]:
     """Check the data flags and their files.
 
     Args:
         vocab_size: ids must be below it (the tokenizer's, not the padded one).
+        validate: validation data are needed.
     Returns:
         One blend (prefixes, weights) for ``--data-path``, or three (None where absent) for the per-split
         flags.
@@ -75,9 +109,13 @@ def resolve_blends(data: DataConfig, vocab_size: int) -> list[Any]:
             blend_prefixes(paths, f"--{name}-data-path") if paths else None
             for name, paths in zip(_SPLITS, per_split, strict=True)
         ]
+        if validate and blends[1] is None:
+            raise ValueError("--valid-data-path: required with --eval-iters; give it, or --eval-iters 0")
     for blend in blends:
         for prefix in blend[0] if blend else []:
-            validate_indexed(prefix, vocab_size, max_tokens=_CHECKED_TOKENS)
+            documents, _ = validate_indexed(prefix, vocab_size, max_tokens=_CHECKED_TOKENS)
+            if data.data_path:
+                _check_split(data.split, prefix, documents, validate=validate)
     return blends
 
 
@@ -111,13 +149,17 @@ def build_datasets(
         create_attention_mask=False,
         **chosen,
     )
+    if len(blends) == 1:
+        # A split of which nothing is wanted is not built: it may have no documents.
+        ranges = zip(config.split_matrix, sizes, strict=True)
+        config.split_matrix = [bounds if size else None for bounds, size in ranges]
     wanted = [size if len(blends) == 1 or blends[index] else 0 for index, size in enumerate(sizes)]
     try:
         return list(BlendedMegatronDatasetBuilder(GPTDataset, wanted, lambda: True, config).build())
     except (AssertionError, IndexError, ValueError) as error:
         raise ValueError(
             f"--data-path: Megatron-Core could not build a data set of {train.seq_length}-token sequences "
-            f"({error}); is every split longer than one sequence? (--split {data.split})"
+            f"({error})"
         ) from error
 
 

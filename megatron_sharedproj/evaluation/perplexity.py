@@ -102,6 +102,10 @@ def evaluate_perplexity(
     if protocol not in PROTOCOLS:
         raise ValueError(f"--protocol {protocol}: choose one of {', '.join(PROTOCOLS)} or both")
     seq_length = seq_length or loaded.config.train.seq_length
+    if micro_batch_size < 1:
+        raise ValueError(f"--micro-batch-size {micro_batch_size}: must be at least 1")
+    if max_tokens < 0:
+        raise ValueError(f"--max-tokens {max_tokens}: must not be negative (0: all)")
     limit = loaded.config.model.max_position_embeddings
     if not 1 <= seq_length <= limit:
         raise ValueError(f"--seq-length {seq_length}: must be from 1 to the model's {limit} positions")

@@ -31,7 +31,7 @@ class Sampling:
 
     def check(self) -> None:
         """Raise ValueError for values out of range."""
-        if self.temperature < 0:
+        if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"--temperature {self.temperature}: must be at least 0 (0: greedy)")
         if self.top_k < 0:
             raise ValueError(f"--top-k {self.top_k}: must be at least 0 (0: all)")
@@ -113,7 +113,10 @@ def generate(
     sampling = sampling or Sampling()
     sampling.check()
     tokenizer, model, config = loaded.tokenizer, loaded.model, loaded.config.model
-    ids = [tokenizer.encode(prompt) or [tokenizer.eod] for prompt in prompts]
+    try:
+        ids = [tokenizer.encode(prompt) or [tokenizer.eod] for prompt in prompts]
+    except ValueError as error:
+        raise ValueError(f"--prompt: the run's tokenizer cannot encode it ({error})") from None
     if len({len(prompt) for prompt in ids}) != 1:
         raise ValueError(f"--prompt: prompts of different lengths {[len(p) for p in ids]} in one batch")
     length = len(ids[0])

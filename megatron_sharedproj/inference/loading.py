@@ -71,7 +71,7 @@ def load_model(args: argparse.Namespace, *, parallel_output: bool) -> LoadedMode
             f"{config.model.padded_vocab_size}; give the tokenizer that it was trained with"
         )
     ranks, tp = distributed.world_size(), args.tensor_model_parallel_size
-    if ranks % tp or config.model.num_attention_heads % tp:
+    if tp < 1 or ranks % tp or config.model.num_attention_heads % tp:
         raise ValueError(
             f"--tensor-model-parallel-size {tp}: must divide the {ranks} process(es) and the model's "
             f"{config.model.num_attention_heads} heads"

@@ -105,9 +105,13 @@ class Trainer:
         )
         loss = self._schedule_step(iterator, micro_batches, forward_only=False)
         if not math.isfinite(loss):
+            saved = (
+                f"the last checkpoint is iteration {self.last_saved}"
+                if self.last_saved >= 0
+                else "none is saved"
+            )
             raise RuntimeError(
-                f"loss is {loss} at iteration {self.iteration + 1}; the last checkpoint is iteration "
-                f"{self.last_saved if self.last_saved >= 0 else 'none'}: resume from it with a lower --lr"
+                f"loss is {loss} at iteration {self.iteration + 1}, {saved}; lower --lr or --clip-grad"
             )
         updated, grad_norm, _ = self.optimizer.step()
         if updated:

@@ -283,7 +283,7 @@ def test_a_nan_loss_stops_before_it_spoils_the_weights(prefix: Path, tmp_path: P
 
     kept: dict[str, torch.Tensor] = {}
     trainer.hooks.append(poison)
-    with pytest.raises(RuntimeError, match=r"loss is nan at iteration 4; .* iteration 2: .*--lr"):
+    with pytest.raises(RuntimeError, match=r"loss is nan at iteration 4, .* iteration 2; .*--lr"):
         trainer.train()
     assert (trainer.iteration, trainer.consumed_samples) == (3, 12)
     for name, tensor in weights(trainer).items():

@@ -1,0 +1,99 @@
+"""Data flags: what is refused before anything is built, and what the built data sets hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tiny
+from megatron_sharedproj.config import DataConfig
+from megatron_sharedproj.data.datasets import resolve_blends, split_shares
+
+
+def prefix(folder: Path, documents: int = 40) -> str:
+    return str(tiny.write_data(folder, documents=documents))
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [("969,30,1", [0.969, 0.03, 0.001]), ("9,1", [0.9, 0.1, 0.0]), ("1", [1.0, 0.0, 0.0])],
+)
+def test_split_shares(split: str, expected: list[float]) -> None:
+    assert split_shares(split) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("split", ["", "a,b,c", "0,0,0", "-1,2", "1,2,3,4", "nan", "inf,1"])
+def test_a_bad_split_is_refused(split: str) -> None:
+    with pytest.raises(ValueError, match="--split .*: must be shares of training, validation and test"):
+        split_shares(split)
+
+
+@pytest.mark.parametrize(
+    ("split", "validate", "name"),
+    [("0,100,0", False, "train"), ("100,0,0", True, "valid"), ("99,1,0", True, "valid")],
+)
+def test_an_empty_split_is_refused(tmp_path: Path, split: str, validate: bool, name: str) -> None:
+    data = DataConfig(data_path=[prefix(tmp_path)], split=split)
+    with pytest.raises(
+        ValueError, match=f"--split {split}: leaves none of the 40 documents .* to the {name} split"
+    ):
+        resolve_blends(data, tiny.VOCAB, validate=validate)
+
+
+def test_missing_kinds_of_data_are_refused(tmp_path: Path) -> None:
+    data = prefix(tmp_path)
+    with pytest.raises(ValueError, match="--data-path: required"):
+        resolve_blends(DataConfig(), tiny.VOCAB, validate=False)
+    with pytest.raises(ValueError, match="--data-path: given together with --train-data-path"):
+        resolve_blends(DataConfig(data_path=[data], train_data_path=[data]), tiny.VOCAB, validate=False)
+    with pytest.raises(ValueError, match="--valid-data-path: required with --eval-iters"):
+        resolve_blends(DataConfig(train_data_path=[data]), tiny.VOCAB, validate=True)
+    assert resolve_blends(DataConfig(train_data_path=[data]), tiny.VOCAB, validate=False)[1] is None
+    with pytest.raises(ValueError, match="weights must be positive"):
+        resolve_blends(DataConfig(data_path=["0.5", data, "-1", data]), tiny.VOCAB, validate=False)
+
+
+# Shares that round to no document made Megatron-Core loop for ever, the default split among them.
+@pytest.mark.parametrize("split", ["969,30,1", "98,1,1", "90,10,0"])
+def test_a_small_data_set_trains_with_any_split(parallel_state: Any, tmp_path: Path, split: str) -> None:
+    trainer = tiny.trainer(tiny.flags(prefix(tmp_path), split=split, train_iters=3))
+    assert trainer.train() == 0
+    assert trainer.valid_data is None
+
+
+def test_sequences_are_packed_documents(parallel_state: Any, tmp_path: Path) -> None:
+    """Every training sequence is a piece of the documents, back to back in some order, none padded."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    name = prefix(tmp_path)
+    trainer = tiny.trainer(tiny.flags(name, split="100,0,0", train_iters=20))
+    documents = IndexedDataset(name)
+    # One byte per id, so that "is a piece of" is a substring test.
+    whole = [documents[i].astype(np.uint8).tobytes() for i in range(len(documents))]
+    ended = 0
+    for index in range(len(trainer.train_data)):
+        sample = trainer.train_data[index]
+        tokens, labels = sample["tokens"].numpy(), sample["labels"].numpy()
+        assert np.array_equal(tokens[1:], labels[:-1]) and bool(sample["loss_mask"].all())
+        sequence = np.append(tokens, labels[-1]).astype(np.uint8)
+        pieces = np.split(sequence, np.flatnonzero(sequence == tiny.VOCAB - 1) + 1)
+        for position, piece in enumerate(part.tobytes() for part in pieces if part.size):
+            starts = [document.find(piece) for document in whole]
+            # A document that starts inside the sequence starts at its beginning.
+            assert 0 in starts if position else max(starts) >= 0
+            ended += piece[-1] == tiny.VOCAB - 1
+    assert ended > 20
+
+
+def test_a_blend_takes_from_both(parallel_state: Any, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    first, second = tiny.write_data(tmp_path / "a", seed=1), tiny.write_data(tmp_path / "b", seed=2)
+    line = tiny.flags(first, data_path=None, split="100,0,0", train_iters=10)
+    trainer = tiny.trainer([*line, "--data-path", "0.75", str(first), "0.25", str(second)])
+    chosen = np.asarray(trainer.train_data.dataset_index[:40])
+    assert (chosen == 0).sum() == 30 and (chosen == 1).sum() == 10
+    assert trainer.train() == 0
