@@ -70,6 +70,8 @@ _TABLE: dict[str, tuple[type, dict[str, str]]] = {
             "use_distributed_optimizer": "shard optimizer state over data-parallel ranks (GPU)",
             "overlap_grad_reduce": "reduce gradients while backward runs",
             "overlap_param_gather": "gather parameters while forward runs (with the distributed optimizer)",
+            "grad_reduce_in_bf16": "reduce gradients in bf16 instead of fp32 (with --bf16)",
+            "cross_entropy_loss_fusion": "Megatron's fused cross-entropy (GPU)",
             "distributed_backend": "nccl or gloo (default: nccl on GPUs, gloo on CPUs)",
             "distributed_timeout_minutes": "minutes before a stuck collective is an error",
             "transformer_impl": "local, or transformer_engine where it is installed",
@@ -115,6 +117,8 @@ _TABLE: dict[str, tuple[type, dict[str, str]]] = {
             "valid_data_path": "like --data-path, for validation only",
             "test_data_path": "like --data-path, for testing only",
             "split": "shares of --data-path for training, validation and test",
+            "mock_data": "Megatron's synthetic data instead of --data-path, for timing",
+            "no_mmap_bin_files": "read .bin files instead of mapping them",
             "data_cache_path": "folder for index caches (default: beside the data)",
             "tokenizer_type": "HuggingFaceTokenizer, GPT2BPETokenizer or NullTokenizer",
             "tokenizer_model": "tokenizer directory (or tokenizer.json)",
@@ -143,6 +147,7 @@ _TABLE: dict[str, tuple[type, dict[str, str]]] = {
             "tensorboard_dir": "write TensorBoard events here",
             "wandb_project": "log to this Weights & Biases project",
             "wandb_exp_name": "its run name",
+            "wandb_save_dir": "where it keeps its files",
             "log_throughput": "print TFLOP/s per rank (and MFU where the GPU's peak is known)",
         },
     ),
@@ -157,7 +162,14 @@ _ALWAYS_SO = (
     "no-persist-layer-norm",
     "no-rope-fusion",
     "no-create-attention-mask-in-dataloader",
+    # Packed sequences have no padding: the mean over micro batches is the mean over tokens.
+    "calculate-per-token-loss",
+    "override-opt_param-scheduler",
+    "exit-signal-handler",
 )
+
+
+_BY_SAMPLES = ("train", "lr_decay", "lr_warmup")
 
 
 def _field_type(annotation: str) -> Any:
@@ -191,6 +203,10 @@ def build_parser() -> argparse.ArgumentParser:
                 group.add_argument(flag, type=_field_type(annotation), default=default, help=text + shown)
         if title == "network size":
             _add_network_switches(group)
+        if title == "optimizer and schedule":
+            for name in _BY_SAMPLES:
+                flag = f"--{name.replace('_', '-')}-samples"
+                group.add_argument(flag, type=int, help=f"{name}_iters in sequences".replace("_", "-"))
         if title == "parallelism":
             for flag in ("--pipeline-model-parallel-size", "--context-parallel-size"):
                 group.add_argument(flag, type=int, default=1, help="only 1 is supported yet")
@@ -319,17 +335,30 @@ def run_config(args: argparse.Namespace, vocab_size: int, world_size: int) -> Ru
         checkpoint=parts[CheckpointConfig],
         log=parts[LogConfig],
     )
-    _resolve(config, world_size)
+    _resolve(config, world_size, {name: getattr(args, f"{name}_samples") for name in _BY_SAMPLES})
     return config
 
 
-def _resolve(config: RunConfig, world_size: int) -> None:
+def _set_by_samples(train: TrainConfig, name: str, count: int) -> None:
+    flag = f"--{name.replace('_', '-')}-samples {count}"
+    if getattr(train, f"{name}_iters"):
+        raise ValueError(f"{flag}: --{name.replace('_', '-')}-iters is given too; give one")
+    if count < 0 or (count < train.global_batch_size and name != "lr_warmup"):
+        raise ValueError(f"{flag}: less than one --global-batch-size of {train.global_batch_size}")
+    # As in Megatron-LM: whole global batches.
+    setattr(train, f"{name}_iters", count // train.global_batch_size)
+
+
+def _resolve(config: RunConfig, world_size: int, samples: dict[str, int | None]) -> None:
     from megatron_sharedproj.validation import check_parallel, check_train
 
     train = config.train
     data_parallel = check_parallel(config, world_size)
     if not train.global_batch_size:
         train.global_batch_size = train.micro_batch_size * data_parallel
+    for name, count in samples.items():
+        if count is not None:
+            _set_by_samples(train, name, count)
     train.lr_decay_iters = train.lr_decay_iters or train.train_iters
     if train.lr_warmup_fraction is not None:
         if train.lr_warmup_iters:

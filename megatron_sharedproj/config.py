@@ -138,6 +138,8 @@ class ParallelConfig:
     use_distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
+    grad_reduce_in_bf16: bool = False
+    cross_entropy_loss_fusion: bool = False
     distributed_backend: str = ""  # empty: nccl on GPUs, gloo on CPUs
     distributed_timeout_minutes: int = 10
     transformer_impl: str = "local"
@@ -182,6 +184,8 @@ class DataConfig:
     valid_data_path: list[str] = field(default_factory=list)
     test_data_path: list[str] = field(default_factory=list)
     split: str = "969,30,1"
+    mock_data: bool = False
+    no_mmap_bin_files: bool = False
     data_cache_path: str = ""
     tokenizer_type: str = "HuggingFaceTokenizer"
     tokenizer_model: str = ""
@@ -212,6 +216,7 @@ class LogConfig:
     tensorboard_dir: str = ""
     wandb_project: str = ""
     wandb_exp_name: str = ""
+    wandb_save_dir: str = ""
     log_throughput: bool = False
 
 

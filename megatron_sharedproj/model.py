@@ -77,6 +77,7 @@ def transformer_config(
         # The full weight is drawn on the CPU and sliced: the same weights at any tensor-parallel size.
         use_cpu_initialization=True,
         gradient_accumulation_fusion=fused_gradients,
+        cross_entropy_loss_fusion=parallel.cross_entropy_loss_fusion,
         masked_softmax_fusion=False,
         # Megatron fuses the bias into the tanh form only; the exact GELU has no fused kernel.
         bias_activation_fusion=on_gpu and model.activation != "gelu" and model.add_bias_linear,

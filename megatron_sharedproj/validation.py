@@ -171,6 +171,8 @@ def check_device(config: RunConfig, device: Device, data_parallel_size: int) -> 
         wanted = {
             "--bf16": train.bf16,
             "--fp16": train.fp16,
+            "--grad-reduce-in-bf16": config.parallel.grad_reduce_in_bf16,
+            "--cross-entropy-loss-fusion": config.parallel.cross_entropy_loss_fusion,
             "--use-distributed-optimizer": config.parallel.use_distributed_optimizer,
             "--transformer-impl transformer_engine": config.parallel.transformer_impl != "local",
             "--distributed-backend nccl": config.parallel.distributed_backend == "nccl",

@@ -371,3 +371,42 @@ def test_memory_line_and_refusal() -> None:
     message = str(error.value)
     assert message.startswith("--micro-batch-size 100000000: memory per process: about ")
     assert "lower it, or --seq-length, --num-layers or --hidden-size, or raise --tensor-model" in message
+
+
+def test_sample_counts_set_the_iterations() -> None:
+    config = config_of(
+        "--global-batch-size 8 --train-samples 803 --lr-decay-samples 400 --lr-warmup-samples 81",
+        without="--train-iters",
+    )
+    train = config.train
+    assert (train.train_iters, train.lr_decay_iters, train.lr_warmup_iters) == (100, 50, 10)
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("--train-samples 100", "--train-samples 100: --train-iters is given too"),
+        (
+            "--lr-warmup-iters 2 --lr-warmup-samples 8",
+            "--lr-warmup-samples 8: --lr-warmup-iters is given too",
+        ),
+        (
+            "--global-batch-size 8 --lr-decay-samples 4",
+            "--lr-decay-samples 4: less than one --global-batch-size",
+        ),
+    ],
+)
+def test_sample_counts_are_checked(flags: str, expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        config_of(flags)
+
+
+def test_flags_of_megatron_examples_are_known() -> None:
+    """Names of Megatron-LM's gpt3 and llama examples that this trainer has or always does."""
+    words = """
+    --use-mcore-models --no-create-attention-mask-in-dataloader --calculate-per-token-loss
+    --ckpt-format torch_dist --transformer-impl local --distributed-timeout-minutes 5 --no-mmap-bin-files
+    --log-throughput --overlap-grad-reduce --distributed-backend gloo --exit-signal-handler
+    --override-opt_param-scheduler
+    """
+    config_of(" ".join(words.split()))

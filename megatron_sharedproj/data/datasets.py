@@ -88,12 +88,16 @@ def resolve_blends(data: DataConfig, vocab_size: int, *, validate: bool) -> list
         vocab_size: ids must be below it (the tokenizer's, not the padded one).
         validate: validation data are needed.
     Returns:
-        One blend (prefixes, weights) for ``--data-path``, or three (None where absent) for the per-split
-        flags.
+        One blend (prefixes, weights) for ``--data-path``, three (None where absent) for the per-split
+        flags, none for ``--mock-data``.
     Raises:
         ValueError: naming the flag and the remedy.
     """
     per_split = [getattr(data, f"{name}_data_path") for name in _SPLITS]
+    if data.mock_data:
+        if data.data_path or any(per_split):
+            raise ValueError("--mock-data: given together with a data path; give one")
+        return []
     if data.data_path and any(per_split):
         raise ValueError("--data-path: given together with --train-data-path and its like; give one kind")
     if not data.data_path and not per_split[0]:
@@ -131,17 +135,20 @@ def build_datasets(
         sizes: sequences wanted of each split; the data repeat (in a new order) if there are fewer.
     """
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 
     chosen: dict[str, Any]
     if len(blends) == 1:
         chosen = {"blend": blends[0], "split": data.split}
-    else:
+    elif blends:
         chosen = {"blend_per_split": blends}
+    else:
+        chosen = {"split": "1,1,1"}  # no blend: Megatron takes that as mock data
     config = GPTDatasetConfig(
         random_seed=train.seed,
         sequence_length=train.seq_length,
         path_to_cache=data.data_cache_path or None,
+        mmap_bin_files=not data.no_mmap_bin_files,
         tokenizer=tokenizer,
         reset_position_ids=False,
         reset_attention_mask=False,
@@ -149,13 +156,14 @@ def build_datasets(
         create_attention_mask=False,
         **chosen,
     )
-    if len(blends) == 1:
+    if len(blends) != len(_SPLITS):
         # A split of which nothing is wanted is not built: it may have no documents.
         ranges = zip(config.split_matrix, sizes, strict=True)
         config.split_matrix = [bounds if size else None for bounds, size in ranges]
-    wanted = [size if len(blends) == 1 or blends[index] else 0 for index, size in enumerate(sizes)]
+    wanted = [size if len(blends) < len(_SPLITS) or blends[index] else 0 for index, size in enumerate(sizes)]
+    kind = GPTDataset if blends else MockGPTDataset
     try:
-        return list(BlendedMegatronDatasetBuilder(GPTDataset, wanted, lambda: True, config).build())
+        return list(BlendedMegatronDatasetBuilder(kind, wanted, lambda: True, config).build())
     except (AssertionError, IndexError, ValueError) as error:
         raise ValueError(
             f"--data-path: Megatron-Core could not build a data set of {train.seq_length}-token sequences "

@@ -70,7 +70,9 @@ class TrainingLog:
                 raise ValueError(
                     f"--wandb-project {log.wandb_project}: wandb is not installed; install the [log] extra"
                 ) from None
-            wandb.init(project=log.wandb_project, name=log.wandb_exp_name or None)
+            wandb.init(
+                project=log.wandb_project, name=log.wandb_exp_name or None, dir=log.wandb_save_dir or None
+            )
             self._wandb = wandb
 
     def message(self, text: str) -> None:
@@ -139,6 +141,7 @@ class TrainingLog:
         self.restart_clock()
 
     def _print(self, r: dict[str, Any]) -> None:
+        # Megatron's fields in Megatron's order, then ours. A NaN stops the run, so that its count is 0.
         throughput = ""
         if self.config.log.log_throughput:
             throughput = f" throughput per GPU (TFLOP/s/GPU): {r['tflops_per_rank']:.3f} |"

@@ -194,6 +194,8 @@ class Trainer:
             when a signal stopped it. A checkpoint is saved in each case.
         """
         train = self.config.train
+        if self.iteration >= train.train_iters:
+            self.log.message(f"nothing left to train: --train-iters {train.train_iters} are done")
         iterator = self._iterator(self.train_data, self.consumed_samples)
         started = time.monotonic()
         stopped: int | None = None

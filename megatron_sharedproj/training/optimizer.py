@@ -20,7 +20,7 @@ def dtype_of(train: TrainConfig) -> torch.dtype:
 def wrap_data_parallel(model: Any, parallel: ParallelConfig, train: TrainConfig) -> DistributedDataParallel:
     """Megatron's DistributedDataParallel: gradients in contiguous fp32 buffers, averaged over replicas."""
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=train.bf16 or train.fp16,
+        grad_reduce_in_fp32=(train.bf16 or train.fp16) and not parallel.grad_reduce_in_bf16,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.use_distributed_optimizer,

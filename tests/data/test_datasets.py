@@ -88,6 +88,24 @@ def test_sequences_are_packed_documents(parallel_state: Any, tmp_path: Path) -> 
     assert ended > 20
 
 
+def test_mock_data_trains(parallel_state: Any, tmp_path: Path) -> None:
+    trainer = tiny.trainer(tiny.flags("", data_path=None, mock_data=True, eval_iters=1))
+    assert trainer.train() == 0
+    assert trainer.valid_data is not None
+    with pytest.raises(ValueError, match="--mock-data: given together with a data path"):
+        resolve_blends(DataConfig(mock_data=True, data_path=[prefix(tmp_path)]), tiny.VOCAB, validate=False)
+
+
+def test_reading_instead_of_mapping_gives_the_same(parallel_state: Any, tmp_path: Path) -> None:
+    name = prefix(tmp_path)
+    losses = []
+    for changes in ({}, {"no_mmap_bin_files": True}):
+        trainer = tiny.trainer(tiny.flags(name, train_iters=3, **changes))
+        trainer.train()
+        losses.append(trainer.last_loss)
+    assert losses[0] == losses[1]
+
+
 def test_a_blend_takes_from_both(parallel_state: Any, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
