@@ -264,7 +264,11 @@ def test_mistakes_are_one_line_and_exit_2(
 def test_interrupt_leaves_nothing(tokenizer_dir: str, tmp_path: Path) -> None:
     """A real Ctrl-C, to the whole process group, from a bare clone's command line in another folder."""
     source = tmp_path / "a.jsonl"
-    source.write_text("".join(line(text) for text in texts_of("long", 100)) * 600)
+    # Far more than is read before the signal: a fast machine must not be done first.
+    block = "".join(line(text) for text in texts_of("long", 100)) * 100
+    with source.open("w") as stream:
+        for _ in range(25):
+            stream.write(block)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     tool = [sys.executable, str(REPOSITORY / "tools" / "preprocess_slimpajama.py"), "--input", str(source)]
     flags = ["--output-prefix", "out/x", "--tokenizer-model", tokenizer_dir, "--workers", "2"]
@@ -284,6 +288,7 @@ def test_interrupt_leaves_nothing(tokenizer_dir: str, tmp_path: Path) -> None:
         rest = process.communicate(timeout=30)[1]
     finally:
         process.kill()
+        source.unlink()
     assert process.returncode == 130 and "Traceback" not in rest
     assert rest.splitlines()[-1] == "interrupted: no output was written"
     assert names(tmp_path / "out") == []
