@@ -19,6 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate, chain
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -163,15 +164,14 @@ class _BlockEncoder:
 
     def _submit(self, *call: Any) -> Future[_EncodedBlock]:
         assert self._pool is not None
-        if threading.current_thread() is not threading.main_thread():
-            return self._pool.submit(*call)
-        # A submit may start a process, which then inherits an ignored SIGINT: Ctrl-C is answered by this
-        # process alone, even while a worker still imports.
-        previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # A submit may start a process, which inherits a blocked SIGINT: Ctrl-C is answered by this process
+        # alone, even while a worker still imports. Blocked, not ignored: here it stays pending.
+        resource_tracker.ensure_running()  # its first start would unblock SIGINT again
+        previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             return self._pool.submit(*call)
         finally:
-            signal.signal(signal.SIGINT, previous or signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 _worker_tokenizer: Tokenizer
