@@ -19,7 +19,7 @@ run_preset() {
             --group-query-attention) grouped=1 ;;
             --num-query-groups) groups=${2:-} ;;
             --num-query-groups=*) groups=${1#*=} ;;
-            --data-path | --data-path=* | --train-data-path | --train-data-path=*) own_data=1 ;;
+            --data-path | --data-path=* | --train-data-path | --train-data-path=* | --mock-data) own_data=1 ;;
             -h | --help)
                 sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
                 return 0
@@ -28,7 +28,15 @@ run_preset() {
         user+=("$1")
         shift
     done
-    local name=${variant//[^A-Za-z0-9_=,-]/_}
+    local python=${PYTHON:-python3} name root
+    root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+    # "Q-K=V" and "qk_eq_v" are one variant and get one folder.
+    name=$(PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" "$python" -c 'import sys
+from megatron_sharedproj.variants import get_variant
+try:
+    print(get_variant(sys.argv[1]).name)
+except ValueError as error:
+    sys.exit(f"error: {error}")' "$variant") || return 2
     [ "$grouped" = 0 ] || name+=_g$groups
     local save=${SAVE:-runs/$PRESET}/$name
 
@@ -38,13 +46,16 @@ run_preset() {
         precision=bf16
         if [ $gpu = 0 ] && [ $dry_run = 0 ]; then
             precision=fp32
-            echo "no GPU is visible: training in fp32 on the CPU (PRECISION=bf16 forces bf16)"
+            echo "no GPU is visible: training in fp32 on the CPU"
         elif [ $gpu = 0 ]; then
             echo "# no GPU is visible here: this is the command for a GPU machine; run here, it would be fp32"
         fi
     fi
 
-    local args=("${PRESET_ARGS[@]}" --tokenizer-model "$tokenizer" --save "$save" --tensorboard-dir "$save/tensorboard")
+    local args=("${PRESET_ARGS[@]}" --tokenizer-model "$tokenizer" --save "$save")
+    if "$python" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("tensorboard") is None)'; then
+        args+=(--tensorboard-dir "$save/tensorboard")
+    fi
     case $precision in
         bf16) args+=(--bf16) ;;
         fp32) ;;
@@ -73,7 +84,11 @@ run_preset() {
         echo
         return 0
     fi
+    if ! command -v torchrun > /dev/null; then
+        echo "error: torchrun is not on the PATH; activate the environment that the package is installed in" >&2
+        return 2
+    fi
     # Mistakes are reported here in one line; under torchrun its own traceback follows them.
-    WORLD_SIZE=$nproc "${PYTHON:-python3}" -m megatron_sharedproj.pretrain "${args[@]}" "${user[@]}" --check-only || return $?
+    WORLD_SIZE=$nproc LOCAL_WORLD_SIZE=$nproc "$python" -m megatron_sharedproj.pretrain "${args[@]}" "${user[@]}" --check-only || return $?
     exec "${command[@]}"
 }

@@ -12,6 +12,7 @@ import dataclasses
 import typing
 from typing import Any
 
+from megatron_sharedproj.command_line import Parser
 from megatron_sharedproj.config import (
     CheckpointConfig,
     DataConfig,
@@ -115,7 +116,7 @@ _TABLE: dict[str, tuple[type, dict[str, str]]] = {
             "data_path": "indexed data prefix, or WEIGHT PREFIX pairs to blend; divided by --split",
             "train_data_path": "like --data-path, for training only",
             "valid_data_path": "like --data-path, for validation only",
-            "test_data_path": "like --data-path, for testing only",
+            "test_data_path": "like --data-path, evaluated once when training is done",
             "split": "shares of --data-path for training, validation and test",
             "mock_data": "Megatron's synthetic data instead of --data-path, for timing",
             "no_mmap_bin_files": "read .bin files instead of mapping them",
@@ -178,12 +179,10 @@ def _field_type(annotation: str) -> Any:
 
 def build_parser() -> argparse.ArgumentParser:
     """The trainer's argument parser."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m megatron_sharedproj.pretrain",
         description="Train a GPT whose attention shares projections, with Megatron-Core.",
         epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add_sharedproj_args(parser)
     for title, (cls, fields) in _TABLE.items():
@@ -218,6 +217,7 @@ def build_parser() -> argparse.ArgumentParser:
     fixed = parser.add_argument_group("accepted from Megatron-LM, always so here")
     for flag in _ALWAYS_SO:
         fixed.add_argument(f"--{flag}", action="store_true", help=argparse.SUPPRESS)
+    fixed.add_argument("--attention-backend", choices=["auto"], default="auto", help=argparse.SUPPRESS)
     fixed.add_argument(
         "--ckpt-format", choices=["torch_dist"], default="torch_dist", help="always torch_dist"
     )
@@ -226,7 +226,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_network_switches(group: Any) -> None:
     group.add_argument("--group-query-attention", action="store_true", help="use --num-query-groups")
-    group.add_argument("--num-query-groups", type=int, default=1, help="key/value heads; 1: MQA")
+    group.add_argument("--num-query-groups", type=int, help="key/value heads (default 1: MQA)")
     group.add_argument("--swiglu", action="store_true", help="gated SiLU MLP instead of GELU")
     group.add_argument(
         "--no-bias-gelu-fusion",
@@ -287,8 +287,12 @@ def model_config(args: argparse.Namespace, vocab_size: int) -> ModelConfig:
     fields = {
         name: getattr(args, name) for cls, table in _TABLE.values() if cls is ModelConfig for name in table
     }
-    if args.group_query_attention and args.num_query_groups < 1:
-        raise ValueError(f"--num-query-groups {args.num_query_groups}: must be at least 1")
+    groups = 1 if args.num_query_groups is None else args.num_query_groups
+    if args.group_query_attention and groups < 1:
+        raise ValueError(f"--num-query-groups {groups}: must be at least 1")
+    if args.num_query_groups is not None and not args.group_query_attention:
+        # Megatron-LM ignores it then; here it would be another model than the one asked for.
+        raise ValueError(f"--num-query-groups {groups}: needs --group-query-attention; add it, or drop this")
     activation = "swiglu" if args.swiglu else ("gelu" if args.no_bias_gelu_fusion else "gelu_tanh")
     if args.swiglu and not fields["ffn_hidden_size"]:
         # Megatron-LM's rule: as many parameters as an ungated MLP of width 4d.
@@ -296,7 +300,7 @@ def model_config(args: argparse.Namespace, vocab_size: int) -> ModelConfig:
     return ModelConfig(
         **fields,
         attention_variant=get_variant(args.attention_variant).name,
-        num_query_groups=args.num_query_groups if args.group_query_attention else 0,
+        num_query_groups=groups if args.group_query_attention else 0,
         padded_vocab_size=padded_vocab_size(vocab_size, args.make_vocab_size_divisible_by),
         activation=activation,
         add_bias_linear=not args.disable_bias_linear,
@@ -354,6 +358,8 @@ def _resolve(config: RunConfig, world_size: int, samples: dict[str, int | None])
 
     train = config.train
     data_parallel = check_parallel(config, world_size)
+    if train.micro_batch_size < 1:
+        raise ValueError(f"--micro-batch-size {train.micro_batch_size}: must be at least 1")
     if not train.global_batch_size:
         train.global_batch_size = train.micro_batch_size * data_parallel
     for name, count in samples.items():

@@ -30,6 +30,8 @@ class Device:
     type = "cpu"
     backend = "gloo"
     supports_low_precision_optimizer = False  # Megatron's bf16/fp16 and distributed optimizers
+    has_fused_kernels = False  # Megatron's fused bias, activation and dropout, compiled for a GPU
+    pins_memory = False
 
     def install(self) -> None:
         """Make Megatron-Core run on this device; idempotent, before the first use of it."""
@@ -38,8 +40,9 @@ class Device:
         """Select this process's device."""
         return torch.device("cpu")
 
-    def synchronize(self) -> None:
-        """Wait for queued work, so that a wall-clock time means something."""
+    def current(self) -> torch.device:
+        """The device that :meth:`setup` selected."""
+        return torch.device("cpu")
 
     def rng_state(self) -> torch.Tensor:
         """State of the generator that dropout draws from: uint8 tensor on the CPU."""
@@ -80,6 +83,8 @@ class CudaDevice(Device):
     type = "cuda"
     backend = "nccl"
     supports_low_precision_optimizer = True
+    has_fused_kernels = True
+    pins_memory = True
 
     def setup(self, local_rank: int) -> torch.device:
         count = torch.cuda.device_count()
@@ -89,10 +94,10 @@ class CudaDevice(Device):
                 "most one process per GPU"
             )
         torch.cuda.set_device(local_rank)
-        return torch.device("cuda", local_rank)
+        return self.current()
 
-    def synchronize(self) -> None:
-        torch.cuda.synchronize()
+    def current(self) -> torch.device:
+        return torch.device("cuda", torch.cuda.current_device())
 
     def rng_state(self) -> torch.Tensor:
         return torch.cuda.get_rng_state()

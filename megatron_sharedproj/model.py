@@ -10,6 +10,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_sharedproj.config import ModelConfig, ParallelConfig
+from megatron_sharedproj.device import get_device
 from megatron_sharedproj.layers.specs import get_block_spec
 
 
@@ -35,7 +36,11 @@ def normal_init(std: float) -> Any:
 
 
 def transformer_config(
-    model: ModelConfig, parallel: ParallelConfig | None = None, *, dtype: torch.dtype = torch.float32
+    model: ModelConfig,
+    parallel: ParallelConfig | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    fused: bool | None = None,
 ) -> TransformerConfig:
     """Megatron-Core's configuration of a model.
 
@@ -43,12 +48,18 @@ def transformer_config(
         model: shape of the model.
         parallel: how it is split; one rank by default.
         dtype: parameter dtype (float32, bfloat16, float16; float64 for reference tests).
+        fused: use Megatron's fused bias, activation and dropout; by default where the device has them.
     """
     parallel = parallel or ParallelConfig()
     init = normal_init(model.init_method_std)
-    on_gpu = torch.cuda.is_available()
+    fused = get_device().has_fused_kernels if fused is None else fused
     # apex's weight-gradient kernel is the only provider of this fusion.
-    fused_gradients = on_gpu and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    fused_gradients = fused and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    # Megatron fuses the bias into the tanh form only, under the name of the exact one.
+    fused_activation = fused and model.add_bias_linear and model.activation != "gelu"
+    activation = _ACTIVATIONS[model.activation]
+    if fused_activation and model.activation == "gelu_tanh":
+        activation = torch.nn.functional.gelu
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -58,7 +69,7 @@ def transformer_config(
         ffn_hidden_size=model.ffn_hidden_size,
         normalization=model.normalization,
         layernorm_epsilon=model.layernorm_epsilon,
-        activation_func=_ACTIVATIONS[model.activation],
+        activation_func=activation,
         gated_linear_unit=model.activation == "swiglu",
         add_bias_linear=model.add_bias_linear,
         qk_layernorm=model.qk_layernorm,
@@ -79,9 +90,8 @@ def transformer_config(
         gradient_accumulation_fusion=fused_gradients,
         cross_entropy_loss_fusion=parallel.cross_entropy_loss_fusion,
         masked_softmax_fusion=False,
-        # Megatron fuses the bias into the tanh form only; the exact GELU has no fused kernel.
-        bias_activation_fusion=on_gpu and model.activation != "gelu" and model.add_bias_linear,
-        bias_dropout_fusion=on_gpu,
+        bias_activation_fusion=fused_activation,
+        bias_dropout_fusion=fused,
         apply_rope_fusion=False,
         persist_layer_norm=False,
     )

@@ -10,6 +10,7 @@ from typing import Any
 from megatron_sharedproj import distributed, formulas
 from megatron_sharedproj.arguments import build_parser, run_config
 from megatron_sharedproj.checkpointing import files
+from megatron_sharedproj.command_line import print_error
 from megatron_sharedproj.config import RunConfig, to_dict, write_json
 from megatron_sharedproj.data.datasets import build_datasets, resolve_blends
 from megatron_sharedproj.data.tokenizers import build_tokenizer
@@ -41,6 +42,14 @@ def find_checkpoint(config: RunConfig) -> Path | None:
         raise ValueError(
             f"--train-iters {config.train.train_iters}: the checkpoint in {folder.parent} is at iteration "
             f"{done} already; give more iterations, or another --save folder"
+        )
+    now, then = config.train.weight_decay_on_all, saved.train.weight_decay_on_all
+    keeps_optimizer = not (config.checkpoint.no_load_optim or (config.checkpoint.finetune and not own))
+    if now != then and keeps_optimizer:
+        given, missing = ("given", "trained without it") if now else ("not given", "trained with it")
+        raise ValueError(
+            f"--weight-decay-on-all: {given}, but the checkpoint in {folder} was {missing}, and optimizer "
+            "state is grouped by it; do as the checkpoint did, or add --no-load-optim"
         )
     if own:
         # The run's own checkpoint: --finetune was about the start, not about a restart.
@@ -74,7 +83,7 @@ def build_trainer(
     config: RunConfig, tokenizer: Any, blends: list[Any], device: Device, checkpoint: Path | None
 ) -> Any:
     """Model, optimizer, data and state of a run, ready to train."""
-    import torch
+    import torch.distributed
     from megatron.core import parallel_state
     from megatron.core.distributed import finalize_model_grads
 
@@ -85,9 +94,7 @@ def build_trainer(
     from megatron_sharedproj.training.loop import Trainer
 
     train = config.train
-    local = (
-        torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else torch.device("cpu")
-    )
+    local = device.current()
     world = torch.distributed.get_world_size()
     log = TrainingLog(
         config,
@@ -115,8 +122,6 @@ def build_trainer(
     if config.parallel.overlap_grad_reduce:
         # Micro batches before the last one only accumulate.
         model.config.no_sync_func = wrapped.no_sync
-    if config.parallel.overlap_param_gather:
-        model.config.param_sync_func = wrapped.start_param_sync
     schedule = optim.build_schedule(optimizer, train)
     distributed.seed_all(train.seed, data_parallel_offset=True)
 
@@ -124,15 +129,16 @@ def build_trainer(
     done = files.train_state(checkpoint) if checkpoint is not None and resumed else {}
     # Flags unchanged, this is train_iters global batches; a run that changed its batch has used others.
     left = (train.train_iters - done.get("iteration", 0)) * train.global_batch_size
+    evaluated = train.eval_iters * train.global_batch_size
     sizes = (
         done.get("consumed_samples", 0) + left,
-        train.eval_iters * train.global_batch_size,
-        0,
+        evaluated,
+        evaluated if config.data.test_data_path else 0,
     )
-    train_data, valid_data, _ = build_datasets(config.data, train, tokenizer, blends, sizes)
+    train_data, valid_data, test_data = build_datasets(config.data, train, tokenizer, blends, sizes)
     trainer = Trainer(
         config=config, device=device, torch_device=local, model=wrapped, optimizer=optimizer,
-        schedule=schedule, train_data=train_data, valid_data=valid_data, log=log,
+        schedule=schedule, train_data=train_data, valid_data=valid_data, test_data=test_data, log=log,
     )  # fmt: skip
     if checkpoint is not None:
         _resume(trainer, checkpoint, load_checkpoint)
@@ -148,15 +154,15 @@ def _resume(trainer: Any, folder: Path, load_checkpoint: Any) -> None:
     options = trainer.config.checkpoint
     fresh = options.finetune
     with_optimizer = not (fresh or options.no_load_optim)
-    state = load_checkpoint(
+    state, same_streams = load_checkpoint(
         folder,
         trainer.device,
         model=trainer.model.module,
         optimizer=trainer.optimizer if with_optimizer else None,
         load_rng=not (fresh or options.no_load_rng),
     )
-    if not with_optimizer and trainer.config.train.bf16 | trainer.config.train.fp16:
-        trainer.optimizer.reload_model_params()
+    if not with_optimizer:
+        trainer.optimizer.reload_model_params()  # the fp32 master weights of a bf16 or fp16 run
     if fresh:
         trainer.log.message(f"weights from {folder}; step, data, optimizer and RNG start anew")
         return
@@ -164,6 +170,12 @@ def _resume(trainer: Any, folder: Path, load_checkpoint: Any) -> None:
     if options.save and Path(options.save).resolve() == folder.parent.resolve():
         trainer.last_saved = trainer.iteration
     trainer.schedule.load_state_dict(state["schedule"])
+    if with_optimizer:
+        _apply_adam_flags(trainer)
+    if not same_streams:
+        # Otherwise dropout would repeat the masks of step 0.
+        distributed.seed_all(trainer.config.train.seed + trainer.iteration, data_parallel_offset=True)
+        trainer.log.message("note: other ranks than the checkpoint's, or --no-load-rng: new random streams")
     changed = files.changed_training(files.checkpoint_config(folder), trainer.config)
     if changed:
         trainer.log.message(
@@ -175,16 +187,21 @@ def _resume(trainer: Any, folder: Path, load_checkpoint: Any) -> None:
     )
 
 
+def _apply_adam_flags(trainer: Any) -> None:
+    # A loaded optimizer has the checkpoint's hyperparameters; flags of this start win, as for the schedule.
+    train = trainer.config.train
+    for group in trainer.optimizer.param_groups:
+        group["betas"], group["eps"] = (train.adam_beta1, train.adam_beta2), train.adam_eps
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Returns the exit code: 0 done, 2 a mistake in the flags, 128 + n stopped by signal n."""
     quiet_libraries()
-    first = os.environ.get("RANK", "0") == "0"
     args = build_parser().parse_args(argv)
     try:
         prepared = prepare(args)
     except ValueError as error:
-        if first:
-            print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 2
     config, _, _, device, _ = prepared
     if args.check_only:
@@ -203,16 +220,15 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, RuntimeError) as error:
         if not _expected(error):
             raise
-        if first:
-            print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 2
     distributed.finalize()
     return code
 
 
 def _expected(error: Exception) -> bool:
-    # Our own messages name a flag or the loss; anything else is a bug and keeps its traceback.
-    return str(error).startswith(("--", "loss is"))
+    # Our own messages name a flag, the loss or a checkpoint; anything else is a bug and keeps its traceback.
+    return str(error).startswith(("--", "loss is", "checkpoint "))
 
 
 if __name__ == "__main__":

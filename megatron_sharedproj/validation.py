@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 from pathlib import Path
 
@@ -117,6 +118,8 @@ def check_train(config: RunConfig, data_parallel_size: int) -> None:
     styles = ("constant", "linear", "cosine", "inverse-square-root")
     if train.lr_decay_style not in styles:
         raise ValueError(f"--lr-decay-style {train.lr_decay_style}: choose one of {', '.join(styles)}")
+    if config.parallel.grad_reduce_in_bf16 and not train.bf16:
+        raise ValueError("--grad-reduce-in-bf16: needs --bf16")
     if train.bf16 and train.fp16:
         raise ValueError("--bf16: --fp16 is given too; give one")
 
@@ -131,6 +134,13 @@ def check_folders(config: RunConfig) -> None:
     folders = {"--save": config.checkpoint.save, "--tensorboard-dir": config.log.tensorboard_dir}
     if data.data_cache_path:
         folders["--data-cache-path"] = data.data_cache_path
+    needed = {
+        f"--tensorboard-dir {config.log.tensorboard_dir}": ("tensorboard", config.log.tensorboard_dir),
+        f"--wandb-project {config.log.wandb_project}": ("wandb", config.log.wandb_project),
+    }
+    for flag, (module, given) in needed.items():
+        if given and importlib.util.find_spec(module) is None:
+            raise ValueError(f"{flag}: {module} is not installed; install the [log] extra, or drop the flag")
     for flag, folder in folders.items():
         if folder:
             _check_writable(flag, Path(folder), "give a folder that can be written")

@@ -48,7 +48,6 @@ def config_of(flags: str = "", *, world_size: int = 1, without: str = "") -> Run
         ("init_method_std", 0.02),
         ("untie_embeddings_and_output_weights", False),
         ("group_query_attention", False),
-        ("num_query_groups", 1),
         ("swiglu", False),
         ("disable_bias_linear", False),
         ("make_vocab_size_divisible_by", 128),
@@ -145,7 +144,7 @@ def test_activation(flags: str, activation: str) -> None:
     "flags, groups",
     [
         ("", 8),
-        ("--num-query-groups 2", 8),  # as in Megatron-LM: without --group-query-attention it says nothing
+        ("--group-query-attention", 1),
         ("--group-query-attention", 1),
         ("--group-query-attention --num-query-groups 2", 2),
         ("--group-query-attention --num-query-groups 4 --attention-variant qk_eq_v", 4),
@@ -254,6 +253,9 @@ GQA = "--group-query-attention --num-query-groups"
 TP = "--tensor-model-parallel-size"
 REFUSALS = [
     # arguments.py
+    ("--num-query-groups 2", 1, ["--num-query-groups 2", "needs --group-query-attention"]),
+    ("--grad-reduce-in-bf16", 1, ["--grad-reduce-in-bf16", "needs --bf16"]),
+    ("--micro-batch-size 0 --train-samples 100", 1, ["--micro-batch-size 0", "at least 1"]),
     (f"{GQA} 0", 1, ["--num-query-groups 0", "at least 1"]),
     ("--pipeline-model-parallel-size 2", 2, ["--pipeline-model-parallel-size 2", "use tensor and data"]),
     ("--context-parallel-size 2", 2, ["--context-parallel-size 2", "use tensor and data"]),
@@ -297,7 +299,7 @@ REFUSALS = [
     ("--overlap-param-gather", 1, ["--overlap-param-gather", "needs --use-distributed-optimizer"]),
     # validation.check_train
     ("--seq-length -1", 1, ["--seq-length -1", "must be given and positive"]),
-    ("--micro-batch-size 0", 1, ["--micro-batch-size 0", "must be given and positive"]),
+    ("--micro-batch-size 0", 1, ["--micro-batch-size 0", "at least 1"]),
     ("--train-iters 0", 1, ["--train-iters 0", "must be given and positive"]),
     ("--lr -0.5", 1, ["--lr -0.5", "must be given and positive"]),
     ("--log-interval 0", 1, ["--log-interval 0", "at least 1"]),

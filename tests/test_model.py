@@ -149,3 +149,22 @@ def test_activation(activation: str, approximate: str) -> None:
     expected = torch.nn.functional.gelu(x, approximate=approximate)
     torch.testing.assert_close(function(x), expected, rtol=0, atol=0)
     assert (torch.nn.functional.gelu(x) - torch.nn.functional.gelu(x, approximate="tanh")).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("activation", "name"), [("gelu", "gelu"), ("gelu_tanh", "gelu"), ("swiglu", "silu")]
+)
+def test_fused_configurations_are_ones_that_megatron_takes(activation: str, name: str) -> None:
+    """What a GPU uses: Megatron checks the combination, and its fused GELU is the tanh form."""
+    from megatron_sharedproj.model import transformer_config
+
+    shape = PRESETS["300m"].replace(activation=activation)
+    config = transformer_config(shape, fused=True)
+    assert config.activation_func is getattr(torch.nn.functional, name)
+    assert config.bias_activation_fusion == (activation != "gelu")
+    assert config.bias_dropout_fusion
+    plain = transformer_config(shape, fused=False)
+    assert not plain.bias_activation_fusion
+    x = torch.randn(100)
+    approximate = torch.nn.functional.gelu(x, approximate="tanh")
+    assert torch.equal(plain.activation_func(x), approximate) == (activation == "gelu_tanh")

@@ -16,27 +16,32 @@ try:
 except ModuleNotFoundError:  # a bare clone
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_sharedproj.command_line import Parser, print_error
 from megatron_sharedproj.reporting.compare import summarize, table
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="--save folders; the first is the baseline")
+    parser.add_argument("--max-loss-ratio", type=float, help="fail if loss / unigram entropy is above this")
+    parser.add_argument(
+        "--max-perplexity-change",
+        type=float,
+        help="fail if perplexity is this many percent above the first run's",
+    )
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0, or 2 for a mistake in the flags (one line on stderr)."""
+    """Exit code: 0, 1 if a run is beyond a given limit, 2 for a mistake in the flags."""
     args = build_parser().parse_args(argv)
     try:
         rows = [summarize(run) for run in args.runs]
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 2
     print(table(rows))
-    base = rows[0]
+    base, failed = rows[0], []
     if "unigram_entropy" in base:
         print(f"\nunigram entropy of the validation text: {base['unigram_entropy']:.4f} nats per token")
         for row in rows:
@@ -46,10 +51,19 @@ def main(argv: list[str] | None = None) -> int:
                 change = 100 * (row["perplexity"] / base["perplexity"] - 1)
                 line += f"; perplexity {change:+.2f}% against {base['variant']}"
             print(line)
+            if args.max_loss_ratio is not None and ratio > args.max_loss_ratio:
+                failed.append(
+                    f"{row['variant']}: loss is {ratio:.3f} of the entropy, above {args.max_loss_ratio}"
+                )
+            limit = args.max_perplexity_change
+            if limit is not None and row["perplexity"] > base["perplexity"] * (1 + limit / 100):
+                failed.append(f"{row['variant']}: perplexity is more than {limit}% above {base['variant']}'s")
     for row in rows:
         if "sample" in row:
             print(f"\n{row['variant']} writes:\n  " + row["sample"].strip().replace("\n", "\n  "))
-    return 0
+    for line in failed:
+        print_error(line)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -14,9 +13,9 @@ except ModuleNotFoundError:  # a bare clone
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_sharedproj import distributed
+from megatron_sharedproj.command_line import Parser, run_distributed
 from megatron_sharedproj.config import write_json
 from megatron_sharedproj.inference.loading import add_loading_args, load_model
-from megatron_sharedproj.quiet import quiet_libraries
 
 EXAMPLE = """example:
   python tools/generate.py --load runs/k_eq_v --prompt "The state of the Union" --top-p 0.9
@@ -24,9 +23,7 @@ EXAMPLE = """example:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, epilog=EXAMPLE)
     add_loading_args(parser)
     group = parser.add_argument_group("generation")
     group.add_argument("--prompt", default="", help="text to continue (default: start of a document)")
@@ -87,17 +84,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0, or 2 for a mistake in the flags (one line on stderr)."""
-    quiet_libraries()
-    args = build_parser().parse_args(argv)
-    try:
-        run(args)
-    except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    finally:
-        distributed.finalize()
-    return 0
+    return run_distributed(build_parser(), run, argv)
 
 
 if __name__ == "__main__":

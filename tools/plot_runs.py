@@ -6,12 +6,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 try:
     import megatron_sharedproj  # noqa: F401
 except ModuleNotFoundError:  # a bare clone
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_sharedproj.command_line import Parser, UsageError
 
 EXAMPLE = """
 example:
@@ -21,20 +22,9 @@ RUN is the --save folder of a training run, or its log.jsonl; a run that is stil
 """
 
 
-class UsageError(Exception):
-    """A mistake of the user: printed as one line, exit code 2."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message.removeprefix('argument ')}; see --help\n")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = _Parser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, epilog=EXAMPLE)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="--save folder or log.jsonl")
     parser.add_argument("--output", required=True, metavar="FILE", help="the PNG to write")
     parser.add_argument("--labels", metavar="A,B", help="one per RUN (default: the folder's name)")

@@ -8,12 +8,13 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 try:
     import megatron_sharedproj  # noqa: F401
 except ModuleNotFoundError:  # a bare clone; spawned workers take the same path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_sharedproj.command_line import Parser, UsageError
 
 EXAMPLE = """
 example:
@@ -26,20 +27,9 @@ example:
 """
 
 
-class UsageError(Exception):
-    """A mistake of the user: printed as one line, exit code 2."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message.removeprefix('argument ')}; see --help\n")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command line; names are those of Megatron-LM's tools/preprocess_data.py."""
-    parser = _Parser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, epilog=EXAMPLE)
     group = parser.add_argument_group("input")
     group.add_argument(
         "--input", nargs="+", required=True, metavar="PATH", help="trees, directories or files"

@@ -7,12 +7,13 @@ import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 try:
     import megatron_sharedproj  # noqa: F401
 except ModuleNotFoundError:  # a bare clone
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_sharedproj.command_line import Parser
 
 EXAMPLE = """
 example:
@@ -21,16 +22,9 @@ example:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message.removeprefix('argument ')}; see --help\n")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = _Parser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, epilog=EXAMPLE)
     parser.add_argument(
         "--input", nargs="+", required=True, metavar="PATH", help="trees, directories or files"
     )

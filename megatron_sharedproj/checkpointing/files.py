@@ -42,7 +42,7 @@ def latest_iteration(root: str | Path) -> int | None:
     text = tracker.read_text().strip()
     if not text.isdigit():
         raise ValueError(
-            f"--load {tracker}: holds {text!r}, not an iteration number; correct it or remove it"
+            f"checkpoint {tracker}: holds {text!r}, not an iteration number; correct it or remove it"
         )
     return int(text)
 
@@ -65,7 +65,10 @@ def resolve_checkpoint(path: str | Path, flag: str = "--load") -> Path:
     folder = iteration_dir(path, iteration)
     for name in (RUN_CONFIG, "metadata.json", ".metadata"):
         if not (folder / name).is_file():
-            raise ValueError(f"{flag} {path}: {folder / name} is missing, the checkpoint is not complete")
+            raise ValueError(
+                f"{flag} {path}: {folder / name} is missing, the checkpoint is not complete; load another "
+                "iter_NNNNNNN folder"
+            )
     return folder
 
 
@@ -79,7 +82,7 @@ def checkpoint_config(folder: str | Path) -> RunConfig:
     try:
         return from_dict(RunConfig, json.loads(path.read_text()))
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"--load {path}: not a readable run configuration ({error})") from None
+        raise ValueError(f"checkpoint {path}: not a readable run configuration ({error})") from None
 
 
 def train_state(folder: str | Path) -> dict[str, Any]:
@@ -98,7 +101,7 @@ def train_state(folder: str | Path) -> dict[str, Any]:
         }
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"--load {path}: not a readable training state ({error}); use another iter_NNNNNNN folder"
+            f"checkpoint {path}: not a readable training state ({error}); use another iter_NNNNNNN folder"
         ) from None
 
 
@@ -124,7 +127,7 @@ def check_same_model(
     """
     fields = [name for name in vars(wanted) if name not in _FREE_FIELDS]
     differing = [
-        f"{name} is {getattr(saved, name)} there and {getattr(wanted, name)} here"
+        f"{_FLAGS.get(name, name)} is {getattr(saved, name)} there and {getattr(wanted, name)} here"
         for name in fields
         if getattr(saved, name) != getattr(wanted, name)
     ]
@@ -134,6 +137,14 @@ def check_same_model(
             "values, or train into another --save folder"
         )
 
+
+# Fields that no flag has the name of.
+_FLAGS = {
+    "activation": "activation (--swiglu, --no-bias-gelu-fusion)",
+    "add_bias_linear": "add_bias_linear (--disable-bias-linear)",
+    "padded_vocab_size": "padded_vocab_size (the tokenizer, --make-vocab-size-divisible-by)",
+    "layernorm_epsilon": "layernorm_epsilon (--norm-epsilon)",
+}
 
 _SCHEDULE_FIELDS = (
     "seq_length",
@@ -146,6 +157,10 @@ _SCHEDULE_FIELDS = (
     "lr_warmup_iters",
     "lr_decay_iters",
     "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_eps",
+    "clip_grad",
 )
 _DATA_FIELDS = ("data_path", "train_data_path", "split")
 
@@ -198,7 +213,7 @@ def read_metadata(folder: str | Path) -> Any:
     try:
         return _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
     except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as error:
-        raise ValueError(f"--load {path}: not checkpoint metadata ({error}); refused") from None
+        raise ValueError(f"checkpoint {path}: not checkpoint metadata ({error}); refused") from None
 
 
 def write_tracker(root: str | Path, iteration: int) -> None:

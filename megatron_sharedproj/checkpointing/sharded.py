@@ -32,6 +32,9 @@ from megatron_sharedproj.device import Device
 
 _RNG_KEY = "rng_state"
 
+# Megatron's distributed optimizer has several layouts; this one loads at any parallel size.
+_OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
+
 
 class InProcessSave(TorchDistSaveShardedStrategy):
     """torch_dist shards written by torch's own writer, in this process.
@@ -91,7 +94,7 @@ def save_checkpoint(
     torch.distributed.barrier()
     state: dict[str, Any] = {"model": model.sharded_state_dict()}
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(state["model"])
+        state["optimizer"] = optimizer.sharded_state_dict(state["model"], metadata=_OPTIMIZER_FORMAT)
     state[_RNG_KEY] = _rng_tensors(device)
     dist_checkpointing.save(state, str(aside), InProcessSave("torch_dist", 1))
     if first:
@@ -173,23 +176,25 @@ def load_checkpoint(
     model: Any,
     optimizer: Any = None,
     load_rng: bool = False,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], bool]:
     """Load weights, and where given optimizer and random streams. Collective; any tensor-parallel size.
 
     Args:
         folder: an iteration folder (files.resolve_checkpoint).
         model: the unwrapped GPTModel.
         optimizer: Megatron optimizer, or None.
-        load_rng: restore the random streams if the number of ranks is the same.
+        load_rng: restore the random streams if the ranks and their layout are the same.
     Returns:
-        The checkpoint's train state.
+        The checkpoint's train state, and whether the random streams were restored.
     Raises:
         ValueError: if something that was asked for is not there, or would have to be unpickled.
     """
     train_state = files.train_state(folder)
     state: dict[str, Any] = {"model": _drop_extra_state(model.sharded_state_dict())}
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=True)
+        state["optimizer"] = optimizer.sharded_state_dict(
+            state["model"], is_loading=True, metadata=_OPTIMIZER_FORMAT
+        )
     same_ranks = train_state.get("world_size") == torch.distributed.get_world_size()
     saved_tp = files.checkpoint_config(folder).parallel.tensor_model_parallel_size
     same_layout = same_ranks and saved_tp == parallel_state.get_tensor_model_parallel_world_size()
@@ -215,4 +220,4 @@ def load_checkpoint(
         optimizer.load_state_dict(loaded["optimizer"])
     if _RNG_KEY in state:
         _restore_rng(loaded[_RNG_KEY], device)
-    return train_state
+    return train_state, _RNG_KEY in state

@@ -13,6 +13,7 @@ import torch
 
 from megatron_sharedproj.config import DataConfig, TrainConfig
 from megatron_sharedproj.data.indexed import validate_indexed
+from megatron_sharedproj.device import get_device
 
 _SPLITS = ("train", "valid", "test")
 
@@ -115,12 +116,21 @@ def resolve_blends(data: DataConfig, vocab_size: int, *, validate: bool) -> list
         ]
         if validate and blends[1] is None:
             raise ValueError("--valid-data-path: required with --eval-iters; give it, or --eval-iters 0")
-    for blend in blends:
-        for prefix in blend[0] if blend else []:
-            documents, _ = validate_indexed(prefix, vocab_size, max_tokens=_CHECKED_TOKENS)
-            if data.data_path:
-                _check_split(data.split, prefix, documents, validate=validate)
-    return blends
+    return [_checked(blend, data, vocab_size, validate) if blend else None for blend in blends]
+
+
+def _checked(blend: Any, data: DataConfig, vocab_size: int, validate: bool) -> Any:
+    prefixes, weights = blend
+    sizes = []
+    for prefix in prefixes:
+        documents, tokens = validate_indexed(prefix, vocab_size, max_tokens=_CHECKED_TOKENS)
+        sizes.append(float(tokens))
+        if data.data_path:
+            _check_split(data.split, prefix, documents, validate=validate)
+    if weights is None and len(prefixes) > 1:
+        # By size, which is what a blend without weights means; Megatron-Core would stop after one epoch.
+        weights = sizes
+    return prefixes, weights
 
 
 def build_datasets(
@@ -202,7 +212,7 @@ def build_iterator(
         batch_sampler=sampler,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=get_device().pins_memory,
         # Without its own, the loader takes its worker seed from the stream that dropout draws from.
         generator=torch.Generator(),
     )

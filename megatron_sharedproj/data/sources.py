@@ -7,6 +7,7 @@ decompresses and cuts; parsing is a function of one block, so that any number of
 from __future__ import annotations
 
 import gzip
+import importlib
 import json
 import os
 import re
@@ -246,9 +247,16 @@ def _gzip_chunks(name: str, stream: IO[bytes]) -> Iterator[bytes]:
         raise SourceError(f"{name}: damaged gzip file ({error}); fetch it again") from None
 
 
-def _zstd_chunks(name: str, stream: IO[bytes]) -> Iterator[bytes]:
-    import zstandard
+def _library(module: str, name: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.partition(".")[0]
+        raise SourceError(f"{name}: reading it needs {package}; install the [data] extra") from None
 
+
+def _zstd_chunks(name: str, stream: IO[bytes]) -> Iterator[bytes]:
+    zstandard = _library("zstandard", name)
     # stream_reader() ends quietly in the middle of a frame; only decompressobj() can tell a truncated file.
     decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
     frame = None
@@ -268,9 +276,7 @@ def _zstd_chunks(name: str, stream: IO[bytes]) -> Iterator[bytes]:
 
 
 def _parquet_blocks(name: str, stream: IO[bytes], text_key: str) -> Iterator[Block]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+    pa, pq = _library("pyarrow", name), _library("pyarrow.parquet", name)
     size = os.fstat(stream.fileno()).st_size
     try:
         file = pq.ParquetFile(stream)

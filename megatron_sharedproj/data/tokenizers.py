@@ -15,12 +15,19 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
-from tokenizers import Tokenizer as RustTokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_TYPES = ("HuggingFaceTokenizer", "GPT2BPETokenizer", "NullTokenizer")
 _EOS_CANDIDATES = (END_OF_TEXT, "</s>")
+
+
+def _library() -> Any:
+    """The Rust tokenizers library, which the base install does not have."""
+    try:
+        import tokenizers
+    except ImportError:
+        raise ValueError("tokenizers is not installed; install the [hf] or [data] extra") from None
+    return tokenizers
 
 
 class Tokenizer:
@@ -78,14 +85,14 @@ class Tokenizer:
 class BPETokenizer(Tokenizer):
     """A tokenizer of the Rust library (byte-level BPE, or whatever a tokenizer.json describes)."""
 
-    def __init__(self, name: str, rust: RustTokenizer, eos: str, pad: str | None, sha256: str) -> None:
+    def __init__(self, name: str, rust: Any, eos: str, pad: str | None, sha256: str) -> None:
         eod = rust.token_to_id(eos)
         if eod is None:
             raise ValueError(f"EOS token {eos!r} is not in the vocabulary of {name}; correct eos_token there")
         # A tokenizer.json may cut or pad what it encodes, and may hold EOS as an ordinary added token.
         rust.no_truncation()
         rust.no_padding()
-        rust.add_special_tokens([AddedToken(eos, special=True, normalized=False)])
+        rust.add_special_tokens([_library().AddedToken(eos, special=True, normalized=False)])
         rust.encode_special_tokens = True
         pad_id = rust.token_to_id(pad) if pad is not None else None
         # Not get_vocab_size(): ids may have gaps, and every id has to be below vocab_size.
@@ -218,12 +225,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output_dir: str | Path) -> 
     """
     if vocab_size < 257:
         raise ValueError(f"vocab_size {vocab_size} is too small; a byte-level BPE needs 257 or more")
-    rust = RustTokenizer(models.BPE())
+    library = _library()
+    rust = library.Tokenizer(library.models.BPE())
     _make_byte_level(rust)
-    trainer = trainers.BpeTrainer(
+    trainer = library.trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        initial_alphabet=sorted(library.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     rust.train_from_iterator(texts, trainer)
@@ -260,7 +268,7 @@ def _build_hugging_face(model: str) -> Tokenizer:
     file = path if path.is_file() else path / "tokenizer.json"
     if file.is_file():
         try:
-            rust = RustTokenizer.from_file(str(file))
+            rust = _library().Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises a bare Exception
             raise ValueError(f"{file} is not a tokenizer.json: {error}") from error
         return BPETokenizer(name, rust, *_configured_tokens(directory, rust, file), _sha256(file))
@@ -299,7 +307,7 @@ def _load_bpe(name: str, vocab: Path, merges: Path, eos: str, pad: str | None) -
         if not file.is_file():
             raise ValueError(f"no such file: {file}")
     try:
-        rust = RustTokenizer(models.BPE.from_file(str(vocab), str(merges)))
+        rust = _library().Tokenizer(_library().models.BPE.from_file(str(vocab), str(merges)))
     except Exception as error:  # the library raises a bare Exception
         raise ValueError(f"{vocab} and {merges} are not a BPE vocabulary and merges: {error}") from error
     if rust.token_to_id(eos) is None:
@@ -308,9 +316,9 @@ def _load_bpe(name: str, vocab: Path, merges: Path, eos: str, pad: str | None) -
     return BPETokenizer(name, rust, eos, pad, _sha256(vocab, merges))
 
 
-def _make_byte_level(rust: RustTokenizer) -> None:
-    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    rust.decoder = decoders.ByteLevel()
+def _make_byte_level(rust: Any) -> None:
+    rust.pre_tokenizer = _library().pre_tokenizers.ByteLevel(add_prefix_space=False)
+    rust.decoder = _library().decoders.ByteLevel()
 
 
 def _find_vocab_and_merges(directory: Path) -> tuple[Path, Path] | None:
@@ -320,7 +328,7 @@ def _find_vocab_and_merges(directory: Path) -> tuple[Path, Path] | None:
     return None
 
 
-def _configured_tokens(directory: Path, rust: RustTokenizer | None, file: Path) -> tuple[str, str | None]:
+def _configured_tokens(directory: Path, rust: Any, file: Path) -> tuple[str, str | None]:
     """(EOS, pad or None): tokenizer_config.json, else special_tokens_map.json, else well-known names."""
     found: dict[str, str] = {}
     for config in (directory / "tokenizer_config.json", directory / "special_tokens_map.json"):

@@ -82,11 +82,10 @@ def load_model(args: argparse.Namespace, *, parallel_output: bool) -> LoadedMode
     from megatron_sharedproj.checkpointing.sharded import load_checkpoint
     from megatron_sharedproj.model import build_model
 
-    parallel = ParallelConfig(
-        tensor_model_parallel_size=tp, transformer_impl=config.parallel.transformer_impl
-    )
+    # Both implementations save under the same names: what Transformer Engine trained runs without it.
+    parallel = ParallelConfig(tensor_model_parallel_size=tp)
     model = build_model(config.model, parallel, parallel_output=parallel_output)
-    state = load_checkpoint(folder, device, model=model)
+    state, _ = load_checkpoint(folder, device, model=model)
     if args.bf16:
         model = model.bfloat16()
         model.config.params_dtype = torch.bfloat16

@@ -1,1 +1,1 @@
-"""Attention operations over shared projections: the op, its decode form and the plain reference."""
+"""Attention over shared projections: the op and its plain reference."""

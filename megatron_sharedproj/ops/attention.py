@@ -1,21 +1,19 @@
 """The attention op: one entry for every variant, which picks the path and says why.
 
-Order: compiled extension -> PyTorch's SDPA with key and value the same tensor -> plain reference.
+PyTorch's SDPA with key and value the same tensor, or the plain reference where SDPA would give NaN. The
+compiled extension will come first once it exists.
 
 Shape legend: s query length, t key length, b batch, h query heads, g groups (key/value heads), e head size.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_sharedproj.ops.reference import attention_reference
-
-EXTENSION = "megatron_sharedproj._C"
 
 
 @dataclass(frozen=True)
@@ -27,11 +25,6 @@ class Path:
 
     def __str__(self) -> str:
         return f"attention path: {self.name} ({self.reason})"
-
-
-def extension_available() -> bool:
-    """Whether the compiled shared K=V extension is installed."""
-    return importlib.util.find_spec(EXTENSION) is not None
 
 
 def select_path(*, tied_kv: bool, require_kernel: bool = False) -> Path:

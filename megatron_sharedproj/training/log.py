@@ -38,11 +38,7 @@ class TrainingLog:
         self._progress = enabled and sys.stderr.isatty()
 
     def open(self) -> None:
-        """Create the files; before it, messages are printed and nothing is written.
-
-        Raises:
-            ValueError: if a library that a flag asks for is not installed.
-        """
+        """Create the files; before it, messages are printed and nothing is written."""
         if not self.enabled:
             return
         log, save = self.config.log, self.config.checkpoint.save
@@ -55,21 +51,12 @@ class TrainingLog:
                 os.truncate(path, written.rfind(b"\n") + 1)
             self._json = path.open("a", buffering=1)
         if log.tensorboard_dir:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise ValueError(
-                    f"--tensorboard-dir {log.tensorboard_dir}: tensorboard is not installed; install the "
-                    "[log] extra"
-                ) from None
+            from torch.utils.tensorboard import SummaryWriter
+
             self._tensorboard = SummaryWriter(log.tensorboard_dir)
         if log.wandb_project:
-            try:
-                import wandb
-            except ImportError:
-                raise ValueError(
-                    f"--wandb-project {log.wandb_project}: wandb is not installed; install the [log] extra"
-                ) from None
+            import wandb
+
             wandb.init(
                 project=log.wandb_project, name=log.wandb_exp_name or None, dir=log.wandb_save_dir or None
             )
@@ -158,13 +145,13 @@ class TrainingLog:
             f"tokens/s: {r['tokens_per_second']:.0f} | variant: {r['variant']} |"
         )
 
-    def validation(self, iteration: int, results: dict[str, float]) -> None:
-        """Record a validation: ``lm_loss`` and ``perplexity`` (packed, real tokens only)."""
+    def evaluation(self, name: str, iteration: int, results: dict[str, float]) -> None:
+        """Record a validation or test: ``lm_loss`` and ``perplexity`` (packed, real tokens only)."""
         if not self.enabled:
             return
         text = " | ".join(f"{name.replace('_', ' ')}: {value:.6E}" for name, value in results.items())
-        self.message(f"validation at iteration {iteration} | {text} |")
-        self._write({"iteration": iteration, **{f"validation_{k}": v for k, v in results.items()}})
+        self.message(f"{name} at iteration {iteration} | {text} |")
+        self._write({"iteration": iteration, **{f"{name}_{k}": v for k, v in results.items()}})
 
     def _write(self, record: dict[str, Any]) -> None:
         if self._json is not None:
@@ -180,6 +167,8 @@ class TrainingLog:
             "tokens_per_second": "tokens-per-second",
             "validation_lm_loss": "lm loss validation",
             "validation_perplexity": "lm loss validation ppl",
+            "test_lm_loss": "lm loss test",
+            "test_perplexity": "lm loss test ppl",
         }
         shown = {tag: record[key] for key, tag in tags.items() if record.get(key) is not None}
         if self._tensorboard is not None:

@@ -64,6 +64,7 @@ class Trainer:
     schedule: Any
     train_data: Any
     valid_data: Any
+    test_data: Any
     log: TrainingLog
     iteration: int = 0
     consumed_samples: int = 0
@@ -92,7 +93,7 @@ class Trainer:
         """One optimizer step over a global batch.
 
         Raises:
-            RuntimeError: if the loss is not finite; weights are as they were before the step.
+            RuntimeError: if the loss or a gradient is not finite; weights are as they were before the step.
         """
         train = self.config.train
         self.model.zero_grad_buffer()
@@ -104,14 +105,15 @@ class Trainer:
             (g["lr"] for g in self.optimizer.param_groups if g.get("default_config", True)), 0.0
         )
         loss = self._schedule_step(iterator, micro_batches, forward_only=False)
-        if not math.isfinite(loss):
+        if not math.isfinite(loss) or not self._gradients_are_finite():
+            what = f"loss is {loss}" if not math.isfinite(loss) else "loss is finite but its gradient is not"
             saved = (
                 f"the last checkpoint is iteration {self.last_saved}"
                 if self.last_saved >= 0
                 else "none is saved"
             )
             raise RuntimeError(
-                f"loss is {loss} at iteration {self.iteration + 1}, {saved}; lower --lr or --clip-grad"
+                f"{what} at iteration {self.iteration + 1}, {saved}; lower --lr or --clip-grad"
             )
         updated, grad_norm, _ = self.optimizer.step()
         if updated:
@@ -131,13 +133,27 @@ class Trainer:
         for hook in self.hooks:
             hook(self)
 
-    def evaluate(self) -> dict[str, float] | None:
-        """Loss and packed perplexity over the first ``--eval-iters`` global batches of the validation set.
+    def _gradients_are_finite(self) -> bool:
+        """Whether no rank has a NaN or infinite gradient; fp16 leaves that to its loss scale."""
+        if self.config.train.fp16:
+            return True
+        # One number per buffer: a sum is finite unless one of its terms is not.
+        sums = [buffer.grad_data.sum(dtype=torch.float64) for buffer in self.model.buffers]
+        bad = (~torch.isfinite(torch.stack(sums))).any().float()
+        torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
+        return not bad.item()
+
+    def evaluate(self, name: str = "validation") -> dict[str, float] | None:
+        """Loss and packed perplexity over the first ``--eval-iters`` global batches of a data set.
 
         Every validation scores the same sequences, so that its curve is comparable along a run.
+
+        Args:
+            name: ``validation`` or ``test``.
         """
         train = self.config.train
-        if self.valid_data is None or not train.eval_iters:
+        dataset = self.test_data if name == "test" else self.valid_data
+        if dataset is None or not train.eval_iters:
             return None
         # The generator's state is put back: a validation must not shift the dropout of later steps.
         rng = self.device.rng_state()
@@ -146,13 +162,13 @@ class Trainer:
             train.global_batch_size
             // (train.micro_batch_size * parallel_state.get_data_parallel_world_size())
         )
-        iterator = self._iterator(self.valid_data, 0)
+        iterator = self._iterator(dataset, 0)
         with torch.no_grad():
             loss = self._schedule_step(iterator, micro_batches, forward_only=True)
         self.model.train()
         self.device.set_rng_state(rng)
         results = {"lm_loss": loss, "perplexity": math.exp(min(loss, 50.0))}
-        self.log.validation(self.iteration, results)
+        self.log.evaluation(name, self.iteration, results)
         return results
 
     def _iterator(self, dataset: Any, consumed: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -171,6 +187,9 @@ class Trainer:
         if not checkpoint.save or self.last_saved == self.iteration:
             return
         start = time.perf_counter()
+        if self.config.parallel.overlap_param_gather:
+            # The gather would run in the next forward pass; until then a rank has updated its shard only.
+            self.model.start_param_sync(force_sync=True)
         folder = save_checkpoint(
             self.config,
             self.device,
@@ -214,8 +233,8 @@ class Trainer:
                     stopped = 128 + (signals.received or 15)
                     self.log.message(f"stopped by a signal at iteration {self.iteration}")
                     break
-                minutes = torch.tensor([(time.monotonic() - started) / 60], device=self.torch_device)
                 if train.exit_duration_in_mins:
+                    minutes = torch.tensor([(time.monotonic() - started) / 60], device=self.torch_device)
                     torch.distributed.broadcast(minutes, 0)
                     if minutes.item() > train.exit_duration_in_mins:
                         self.log.message(f"stopped by --exit-duration-in-mins at iteration {self.iteration}")
@@ -226,4 +245,5 @@ class Trainer:
             self.save()
         if stopped is None and self.iteration >= train.train_iters:
             self.evaluate()
+            self.evaluate("test")
         return stopped or 0

@@ -106,6 +106,30 @@ def test_reading_instead_of_mapping_gives_the_same(parallel_state: Any, tmp_path
     assert losses[0] == losses[1]
 
 
+def test_a_blend_without_weights_goes_by_size_and_repeats(parallel_state: Any, tmp_path: Path) -> None:
+    """Megatron-Core alone would stop after one epoch of it."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    small, large = (
+        tiny.write_data(tmp_path / "a", documents=10),
+        tiny.write_data(tmp_path / "b", documents=40),
+    )
+    line = tiny.flags(small, data_path=None, split="100,0,0", train_iters=40, global_batch_size=8)
+    trainer = tiny.trainer([*line, "--data-path", str(small), str(large)])
+    assert len(trainer.train_data) >= 320
+    share = float((np.asarray(trainer.train_data.dataset_index[:320]) == 0).mean())
+    assert share == pytest.approx(0.2, abs=0.05)
+    assert trainer.train() == 0
+
+
+def test_test_data_is_evaluated_at_the_end(parallel_state: Any, tmp_path: Path, capsys: Any) -> None:
+    name = prefix(tmp_path)
+    paths = {"data_path": None, "train_data_path": name, "valid_data_path": name, "test_data_path": name}
+    trainer = tiny.trainer(tiny.flags(name, **paths, eval_iters=1, train_iters=3))
+    assert trainer.train() == 0
+    assert " test at iteration 3 | lm loss: " in capsys.readouterr().out
+
+
 def test_a_blend_takes_from_both(parallel_state: Any, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()

@@ -34,18 +34,30 @@ LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "DP2+overlap": (2, 1, {"overlap_grad_reduce": True, "micro_batch_size": 1}),
     "TP2xDP2": (4, 2, {}),
     "TP4": (4, 4, {}),
+    "gathered": (1, 1, {}),
 }
 RESUMED = ("TP2", "TP4")
-# name -> variant, groups (0: as many as heads)
-MODELS = {
-    "qkv": ("qkv", 0),
-    "q_eq_k": ("q_eq_k", 0),
-    "qk_eq_v": ("qk_eq_v", 0),
-    "q_eq_k_eq_v": ("q_eq_k_eq_v", 0),
-    "GQA-2": ("qkv", 2),
-    "MQA": ("qkv", 1),
-    "Q-GQA-2": ("qk_eq_v", 2),
-    "Q-MQA": ("qk_eq_v", 1),
+# Saved under TP2xDP2 and continued by one process.
+GATHERED = ("qk_eq_v", "Q-MQA")
+LLAMA = {
+    "normalization": "RMSNorm",
+    "swiglu": True,
+    "no_bias_gelu_fusion": None,
+    "disable_bias_linear": True,
+    "untie_embeddings_and_output_weights": True,
+}
+# name -> variant, groups (0: as many as heads), further flags
+MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "qkv": ("qkv", 0, {}),
+    "q_eq_k": ("q_eq_k", 0, {}),
+    "qk_eq_v": ("qk_eq_v", 0, {}),
+    "q_eq_k_eq_v": ("q_eq_k_eq_v", 0, {}),
+    "GQA-2": ("qkv", 2, {}),
+    "MQA": ("qkv", 1, {}),
+    "Q-GQA-2": ("qk_eq_v", 2, {}),
+    "Q-MQA": ("qk_eq_v", 1, {}),
+    "llama GQA-2": ("qkv", 2, {**LLAMA, "position_embedding_type": "rope", "qk_layernorm": True}),
+    "llama K=V": ("qk_eq_v", 0, LLAMA),
 }
 
 
@@ -94,7 +106,9 @@ def main() -> None:
         )
         distributed.initialize(get_device(), tensor_model_parallel_size=tp)
         results[layout] = {"streams": draw_streams()}
-        for model, (variant, groups) in MODELS.items():
+        for model, (variant, groups, shape) in MODELS.items():
+            if layout == "gathered" and model not in GATHERED:
+                continue
             line = tiny.flags(
                 folder / "tiny_text_document",
                 variant,
@@ -104,11 +118,16 @@ def main() -> None:
                     "micro_batch_size": BATCH * tp // ranks,
                     "global_batch_size": BATCH,
                     "tensor_model_parallel_size": tp,
+                    **shape,
                     **further,
                 },
             )
-            saved = folder / "checkpoints" / model
-            results[layout][model] = run(line + ["--save", str(saved)] if layout == "TP1" else line)
+            saved, split = folder / "checkpoints" / model, folder / "split" / model
+            if layout == "gathered":
+                results[layout][model] = run([*line, "--load", str(split)])
+                continue
+            target = {"TP1": saved, "TP2xDP2": split}.get(layout)
+            results[layout][model] = run([*line, "--save", str(target)] if target else line)
             if layout in RESUMED:
                 # The single process's checkpoint, continued here.
                 results[layout][f"{model} resumed"] = run([*line, "--load", str(saved)])

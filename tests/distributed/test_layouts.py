@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import tiny
-from layouts_worker import MODELS, SAVED_AT, STEPS
+from layouts_worker import GATHERED, MODELS, SAVED_AT, STEPS
 
 TESTS = Path(__file__).resolve().parents[1]
 # fp32 sums in another order: the largest difference seen over all of these was 6e-7 of the value.
@@ -34,7 +34,7 @@ def launch(folder: Path, layouts: list[str]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return launch(tmp_path_factory.mktemp("layouts"), ["TP1", *QUICK])
+    return launch(tmp_path_factory.mktemp("layouts"), ["TP1", *QUICK, "gathered"])
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -58,6 +58,11 @@ def test_layout_equals_one_process(losses: dict[str, Any], layout: str, model: s
 @pytest.mark.parametrize("model", MODELS)
 def test_checkpoint_of_one_process_goes_on_under_tp2(losses: dict[str, Any], model: str) -> None:
     assert_equal(losses["TP2"][f"{model} resumed"], losses["TP1"][model][SAVED_AT:])
+
+
+@pytest.mark.parametrize("model", GATHERED)
+def test_checkpoint_of_four_processes_goes_on_in_one(losses: dict[str, Any], model: str) -> None:
+    assert_equal(losses["gathered"][model], losses["TP1"][model][SAVED_AT:])
 
 
 def test_random_streams(losses: dict[str, Any]) -> None:

@@ -75,7 +75,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder / "train.txt").write_text(done.stdout)
-    (folder / "runs" / "Q-K=V").rename(folder / "run")
+    (folder / "runs" / "qk_eq_v").rename(folder / "run")
     return folder
 
 

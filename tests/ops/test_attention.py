@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sharedproj.ops.attention import attention, extension_available, select_path
+from megatron_sharedproj.ops.attention import attention, select_path
 from megatron_sharedproj.ops.reference import attention_reference
 
 B, E = 2, 8
@@ -206,7 +206,6 @@ def test_dtypes_that_do_not_fit(odd: int) -> None:
         attention(*tensors, causal=True, scale=1.0)
 
 
-@pytest.mark.skipif(extension_available(), reason="the fallback's words, where the extension is not built")
 @pytest.mark.parametrize("tied, words", [(True, "key and value one tensor"), (False, "key and value two")])
 def test_fallback_says_why(tied: bool, words: str) -> None:
     path = select_path(tied_kv=tied)
@@ -216,7 +215,6 @@ def test_fallback_says_why(tied: bool, words: str) -> None:
     assert str(path) == f"attention path: sdpa ({path.reason})"
 
 
-@pytest.mark.skipif(extension_available(), reason="an error only where the extension is not built")
 def test_required_kernel_is_an_error_without_the_extension() -> None:
     with pytest.raises(ValueError) as error:
         select_path(tied_kv=True, require_kernel=True)

@@ -292,6 +292,19 @@ def test_a_nan_loss_stops_before_it_spoils_the_weights(prefix: Path, tmp_path: P
     assert [record["iteration"] for record in records(tmp_path / "run")] == [1, 2, 3]
 
 
+def test_a_nan_gradient_stops_before_the_update(prefix: Path, tmp_path: Path) -> None:
+    """The loss is finite, so only the gradient shows it; updated and saved, no restart would get past it."""
+    trainer = tiny.trainer(tiny.flags(prefix, save=tmp_path / "run", save_interval=1, lr_warmup_iters=0))
+    bias = trainer.model.module.decoder.final_layernorm.bias
+    bias.register_hook(lambda grad: grad * (math.nan if trainer.iteration == 3 else 1.0))
+    with pytest.raises(
+        RuntimeError, match="loss is finite but its gradient is not at iteration 4, .* iteration 3"
+    ):
+        trainer.train()
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(trainer).values())
+    assert files.latest_iteration(tmp_path / "run") == 3
+
+
 # --- validation ------------------------------------------------------------------------------------------
 
 
@@ -529,7 +542,7 @@ def test_a_disabled_log_writes_nothing(
     log = TrainingLog(config, world_size=2, device_name="cpu", enabled=False)
     log.message("nothing")
     log.step(1, loss=1.0, grad_norm=1.0, learning_rate=0.1, consumed_samples=4, skipped=False, loss_scale=1.0)
-    log.validation(1, {"lm_loss": 1.0})
+    log.evaluation("validation", 1, {"lm_loss": 1.0})
     log.close()
     assert capsys.readouterr().out == ""
     assert not (tmp_path / "no").exists()

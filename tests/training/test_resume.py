@@ -75,6 +75,24 @@ def test_the_comparison_can_fail(parallel_state: Any, tmp_path: Path) -> None:
     assert any(not torch.equal(expected[name], found[name]) for name in expected)
 
 
+def test_adam_flags_of_the_restart_win(parallel_state: Any, tmp_path: Path, capsys: Any) -> None:
+    prefix = tiny.write_data(tmp_path)
+    tiny.trainer(tiny.flags(prefix, save=tmp_path / "run", train_iters=3)).train()
+    changed = {"adam_beta2": 0.5, "adam_eps": 1e-3}
+    trainer = tiny.trainer(tiny.flags(prefix, save=tmp_path / "run", **changed))
+    assert [(g["betas"], g["eps"]) for g in trainer.optimizer.param_groups] == [((0.9, 0.5), 1e-3)] * 2
+    assert "--adam-beta2 was 0.999, now 0.5; --adam-eps was 1e-08, now 0.001" in capsys.readouterr().out
+
+
+def test_other_decay_groups_are_refused(parallel_state: Any, tmp_path: Path) -> None:
+    prefix = tiny.write_data(tmp_path)
+    tiny.trainer(tiny.flags(prefix, save=tmp_path / "run", train_iters=3)).train()
+    with pytest.raises(ValueError, match="--weight-decay-on-all: given, but .* --no-load-optim"):
+        tiny.trainer(tiny.flags(prefix, save=tmp_path / "run", weight_decay_on_all=True))
+    options = {"weight_decay_on_all": True, "no_load_optim": True}
+    assert tiny.trainer(tiny.flags(prefix, save=tmp_path / "run", **options)).train() == 0
+
+
 def test_finetune_starts_anew_with_the_weights(parallel_state: Any, tmp_path: Path) -> None:
     prefix = tiny.write_data(tmp_path)
     first = tiny.trainer(tiny.flags(prefix, save=tmp_path / "first"))
