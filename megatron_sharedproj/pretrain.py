@@ -170,6 +170,8 @@ def _resume(trainer: Any, folder: Path, load_checkpoint: Any) -> None:
     if options.save and Path(options.save).resolve() == folder.parent.resolve():
         trainer.last_saved = trainer.iteration
     trainer.schedule.load_state_dict(state["schedule"])
+    if "log" in state:
+        trainer.log.load_state(state["log"])
     if with_optimizer:
         _apply_adam_flags(trainer)
     if not same_streams:

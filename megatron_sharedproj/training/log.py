@@ -29,6 +29,7 @@ class TrainingLog:
         self._flops_per_token = formulas.train_flops_per_token(config.model, config.train.seq_length)
         self._losses: list[float] = []
         self._skipped = 0
+        self._timed = 0  # steps since the clock was started; a resumed interval has more losses
         self._interval_start = time.perf_counter()
         self._started = time.perf_counter()
         self._first_iteration: int | None = None
@@ -62,6 +63,14 @@ class TrainingLog:
             )
             self._wandb = wandb
 
+    def state(self) -> dict[str, Any]:
+        """The interval under way, JSON-ready, for a checkpoint."""
+        return {"losses": self._losses, "skipped": self._skipped}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on with the interval that a checkpoint was saved in."""
+        self._losses, self._skipped = list(state["losses"]), int(state["skipped"])
+
     def message(self, text: str) -> None:
         """One line for people, on the logging rank."""
         if self.enabled:
@@ -91,18 +100,22 @@ class TrainingLog:
         loss_scale: float,
     ) -> None:
         """Note a step; write the record when its interval is full."""
-        if not self.enabled:
-            return
         if self._first_iteration is None:
             self._first_iteration = iteration - 1
+        # Every rank counts, since a checkpoint of any of them carries the interval that is under way.
         self._losses.append(loss)
         self._skipped += skipped
+        self._timed += 1
         if self._progress:
             self._show_progress(iteration, loss)
         if iteration % self.config.log.log_interval and iteration != self.config.train.train_iters:
             return
+        losses, skipped_steps, timed = self._losses, self._skipped, self._timed
+        self._losses, self._skipped, self._timed = [], 0, 0
+        if not self.enabled:
+            return
         train = self.config.train
-        seconds = (time.perf_counter() - self._interval_start) / len(self._losses)
+        seconds = (time.perf_counter() - self._interval_start) / timed
         tokens = train.global_batch_size * train.seq_length
         record: dict[str, Any] = {
             "iteration": iteration,
@@ -114,17 +127,16 @@ class TrainingLog:
             "tflops_per_rank": tokens * self._flops_per_token / seconds / self.world_size / 1e12,
             "learning_rate": learning_rate,
             "global_batch_size": train.global_batch_size,
-            "lm_loss": sum(self._losses) / len(self._losses),
+            "lm_loss": sum(losses) / len(losses),
             "loss_scale": loss_scale,
             "grad_norm": grad_norm,
-            "skipped_iterations": self._skipped,
+            "skipped_iterations": skipped_steps,
             "variant": self.config.model.attention_variant,
         }
         if self._peak is not None:
             record["mfu"] = record["tflops_per_rank"] * 1e12 / self._peak
         self._print(record)
         self._write(record)
-        self._losses, self._skipped = [], 0
         self.restart_clock()
 
     def _print(self, r: dict[str, Any]) -> None:

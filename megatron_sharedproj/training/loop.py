@@ -199,7 +199,7 @@ class Trainer:
                 "iteration": self.iteration,
                 "consumed_samples": self.consumed_samples,
                 "schedule": self.schedule.state_dict(),
-                "loss": self.last_loss,
+                "log": self.log.state(),
             },
         )
         self.last_saved = self.iteration

@@ -25,7 +25,7 @@ def state(trainer: Any) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in found.items()}
 
 
-def losses(folder: Path) -> list[tuple[int, float, float, float]]:
+def losses(folder: Path) -> list[tuple[float, ...]]:
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [
         (r["iteration"], r["lm_loss"], r["grad_norm"], r["learning_rate"]) for r in records if "lm_loss" in r
@@ -58,6 +58,18 @@ def test_resume_is_bit_exact(parallel_state: Any, tmp_path: Path, variant: str, 
     different = [name for name in expected if not torch.equal(expected[name], found[name])]
     assert not different
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_a_log_interval_goes_on_across_a_resume(parallel_state: Any, tmp_path: Path) -> None:
+    prefix = tiny.write_data(tmp_path)
+    for name, stops in (("whole", []), ("parts", [2, 3, 5])):
+        for stop in [*stops, 0]:
+            options = {"save": tmp_path / name, "log_interval": 4, "exit_interval": stop}
+            trainer = tiny.trainer(tiny.flags(prefix, train_iters=STEPS, **options))
+            assert trainer.train() == 0
+            trainer.log.close()
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert [record[0] for record in losses(tmp_path / "whole")] == [4, 6]
 
 
 def test_the_comparison_can_fail(parallel_state: Any, tmp_path: Path) -> None:
