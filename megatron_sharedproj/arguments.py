@@ -90,6 +90,8 @@ _TABLE: dict[str, tuple[type, dict[str, str]]] = {
             "seed": "seed of weights, dropout and data order",
             "bf16": "bfloat16 with fp32 master weights (GPU)",
             "fp16": "float16 with loss scaling (GPU)",
+            "manual_gc": "no automatic garbage collection: ranks would pause at different times",
+            "manual_gc_interval": "collect every so many steps with --manual-gc; 0: never",
             "exit_interval": "save and exit when the step is a multiple of this",
             "exit_duration_in_mins": "save and exit after this many minutes",
         },
@@ -99,6 +101,8 @@ _TABLE: dict[str, tuple[type, dict[str, str]]] = {
         {
             "lr": "peak learning rate",
             "min_lr": "final learning rate",
+            "decoupled_lr": "peak learning rate of embedding and output layer, where it differs",
+            "decoupled_min_lr": "its final value",
             "lr_decay_style": "constant, linear, cosine or inverse-square-root",
             "lr_warmup_iters": "steps of linear warm-up",
             "lr_warmup_fraction": "warm-up as a fraction of the decay steps",

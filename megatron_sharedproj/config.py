@@ -160,6 +160,8 @@ class TrainConfig:
     fp16: bool = False
     lr: float = 0.0
     min_lr: float = 0.0
+    decoupled_lr: float | None = None
+    decoupled_min_lr: float | None = None
     lr_decay_style: str = "cosine"
     lr_warmup_iters: int = 0
     lr_warmup_fraction: float | None = None
@@ -171,6 +173,8 @@ class TrainConfig:
     adam_eps: float = 1e-8
     clip_grad: float = 1.0
     require_kernel: bool = False
+    manual_gc: bool = False
+    manual_gc_interval: int = 0
     exit_interval: int = 0
     exit_duration_in_mins: float = 0.0
 

@@ -64,6 +64,7 @@ _NOT_NEGATIVE = (
     "adam_eps",
     "clip_grad",
     "exit_interval",
+    "manual_gc_interval",
     "exit_duration_in_mins",
     "num_workers",
 )
@@ -108,6 +109,12 @@ def check_train(config: RunConfig, data_parallel_size: int) -> None:
         raise ValueError(
             f"--seq-length {train.seq_length}: must be divisible by {tp} with --sequence-parallel"
         )
+    for name in ("decoupled_lr", "decoupled_min_lr"):
+        value = getattr(train, name)
+        if value is not None and not 0 <= value < float("inf"):
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must not be negative")
+    if train.decoupled_min_lr is not None and train.decoupled_lr is None:
+        raise ValueError(f"--decoupled-min-lr {train.decoupled_min_lr}: needs --decoupled-lr")
     if train.min_lr > train.lr:
         raise ValueError(f"--min-lr {train.min_lr}: above --lr {train.lr}")
     if train.lr_warmup_iters >= train.lr_decay_iters:

@@ -5,6 +5,7 @@ Shape legend: b micro batch, s sequence length.
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -219,10 +220,15 @@ class Trainer:
         started = time.monotonic()
         stopped: int | None = None
         self.model.train()
+        if train.manual_gc:
+            gc.disable()
+            gc.collect()
         self.log.restart_clock()
         with StopSignals() as signals:
             while self.iteration < train.train_iters:
                 self.step(iterator)
+                if train.manual_gc_interval and self.iteration % train.manual_gc_interval == 0:
+                    gc.collect()
                 paused = self.log.pause()
                 if self.iteration % train.eval_interval == 0 and self.iteration < train.train_iters:
                     self.evaluate()

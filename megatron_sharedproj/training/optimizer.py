@@ -6,7 +6,11 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    OptimizerConfig,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_sharedproj.config import ParallelConfig, TrainConfig
@@ -37,6 +41,8 @@ def build_optimizer(model: DistributedDataParallel, parallel: ParallelConfig, tr
         optimizer="adam",
         lr=train.lr,
         min_lr=train.min_lr,
+        decoupled_lr=train.decoupled_lr,
+        decoupled_min_lr=train.decoupled_min_lr,
         weight_decay=train.weight_decay,
         adam_beta1=train.adam_beta1,
         adam_beta2=train.adam_beta2,
@@ -48,8 +54,10 @@ def build_optimizer(model: DistributedDataParallel, parallel: ParallelConfig, tr
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_param_gather=parallel.overlap_param_gather,
     )
-    # An empty dictionary means no exemptions; None, Megatron's standard one (biases and norms).
-    overrides: dict[Any, Any] | None = {} if train.weight_decay_on_all else None
+    overrides = get_standard_config_overrides(config)
+    if train.weight_decay_on_all:
+        # Megatron's standard overrides exempt biases and norms, beside the decoupled learning rate.
+        overrides = {key: value for key, value in overrides.items() if "wd_mult" not in value}
     return get_megatron_optimizer(config, [model], config_overrides=overrides)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -303,6 +304,35 @@ def test_a_nan_gradient_stops_before_the_update(prefix: Path, tmp_path: Path) ->
         trainer.train()
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(trainer).values())
     assert files.latest_iteration(tmp_path / "run") == 3
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_decoupled_learning_rate_is_the_embeddings(prefix: Path, everything: bool) -> None:
+    options = {"decoupled_lr": 0.5, "decoupled_min_lr": 0.1, "weight_decay_on_all": everything}
+    trainer = tiny.trainer(tiny.flags(prefix, **options))
+    names = {parameter: name for name, parameter in trainer.model.module.named_parameters()}
+    decoupled = [group for group in trainer.optimizer.param_groups if group["max_lr"] == 0.5]
+    found = {names[parameter] for group in decoupled for parameter in group["params"]}
+    assert found == {"embedding.word_embeddings.weight"}
+    decays = {group["wd_mult"] for group in trainer.optimizer.param_groups}
+    assert decays == ({1.0} if everything else {0.0, 1.0})
+    assert trainer.train() == 0
+    rates = {group["max_lr"]: group["lr"] for group in trainer.optimizer.param_groups}
+    assert rates[0.5] == pytest.approx(0.1) and rates[1e-2] == pytest.approx(1e-3)
+
+
+def test_manual_gc_collects_only_at_its_interval(prefix: Path) -> None:
+    trainer = tiny.trainer(tiny.flags(prefix, manual_gc=True, manual_gc_interval=3))
+    before = gc.get_stats()[2]["collections"]
+    seen: list[int] = []
+    trainer.hooks.append(lambda t: seen.append(gc.get_stats()[2]["collections"] - before))
+    try:
+        assert trainer.train() == 0
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+    # One at the start, one after step 3 (seen from step 4 on), one after step 6.
+    assert seen == [1, 1, 1, 2, 2, 2]
 
 
 # --- validation ------------------------------------------------------------------------------------------
