@@ -185,6 +185,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The trainer's argument parser."""
     parser = Parser(
         prog="python -m megatron_sharedproj.pretrain",
+        usage="torchrun --nproc-per-node N -m megatron_sharedproj.pretrain [flags]",
         description="Train a GPT whose attention shares projections, with Megatron-Core.",
         epilog=_EXAMPLE,
     )
@@ -203,7 +204,9 @@ def build_parser() -> argparse.ArgumentParser:
             else:
                 default = None if spec.default is dataclasses.MISSING else spec.default
                 shown = "" if default in (None, "", 0) else f" (default {default})"
-                group.add_argument(flag, type=_field_type(annotation), default=default, help=text + shown)
+                kind = _field_type(annotation)
+                metavar = {int: "N", float: "X", str: "NAME"}[kind]
+                group.add_argument(flag, type=kind, default=default, metavar=metavar, help=text + shown)
         if title == "network size":
             _add_network_switches(group)
         if title == "optimizer and schedule":
