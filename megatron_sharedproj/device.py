@@ -14,7 +14,6 @@ import importlib.abc
 import importlib.machinery
 import logging
 import os
-import resource
 import sys
 from types import ModuleType
 from typing import Any
@@ -50,10 +49,6 @@ class Device:
 
     def set_rng_state(self, state: torch.Tensor) -> None:
         torch.set_rng_state(state)
-
-    def peak_memory_bytes(self) -> int:
-        """Largest memory use of this process so far, bytes."""
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def total_memory_bytes(self) -> int:
         """Memory that this process may use, bytes: the device's, or its share of the machine's."""
@@ -104,9 +99,6 @@ class CudaDevice(Device):
 
     def set_rng_state(self, state: torch.Tensor) -> None:
         torch.cuda.set_rng_state(state)
-
-    def peak_memory_bytes(self) -> int:
-        return torch.cuda.max_memory_allocated()
 
     def total_memory_bytes(self) -> int:
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory

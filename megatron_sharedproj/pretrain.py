@@ -31,7 +31,7 @@ def find_checkpoint(config: RunConfig) -> Path | None:
     save, load = config.checkpoint.save, config.checkpoint.load
     if save and files.latest_iteration(save) is not None:
         folder, own = files.resolve_checkpoint(save, "--save"), True
-    elif load and load != save:
+    elif load and not (save and Path(load).resolve() == Path(save).resolve()):
         folder, own = files.resolve_checkpoint(load), False
     else:
         return None

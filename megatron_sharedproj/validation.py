@@ -152,7 +152,7 @@ def check_folders(config: RunConfig) -> None:
         if folder:
             _check_writable(flag, Path(folder), "give a folder that can be written")
     if not data.data_cache_path:
-        for prefix in [*data.data_path, *data.train_data_path, *data.valid_data_path]:
+        for prefix in [*data.data_path, *data.train_data_path, *data.valid_data_path, *data.test_data_path]:
             if Path(prefix + ".idx").is_file():
                 _check_writable("--data-cache-path", Path(prefix).parent, "give a folder for the index cache")
 

@@ -119,7 +119,6 @@ def test_memory_is_divided_over_the_processes(monkeypatch: pytest.MonkeyPatch) -
     whole = get_device().total_memory_bytes()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert get_device().total_memory_bytes() == whole // 4
-    assert 2**20 < get_device().peak_memory_bytes() < whole
 
 
 @pytest.fixture

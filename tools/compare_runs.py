@@ -42,9 +42,15 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     print(table(rows))
     base, failed = rows[0], []
-    if "unigram_entropy" in base:
+    evaluated = [row for row in rows if "unigram_entropy" in row]
+    limited = args.max_loss_ratio is not None or args.max_perplexity_change is not None
+    if limited and len(evaluated) < len(rows):
+        missing = next(row["run"] for row in rows if row not in evaluated)
+        print_error(f"RUN {missing}: not evaluated, so no limit can be checked; run tools/evaluate.py first")
+        return 2
+    if base in evaluated:
         print(f"\nunigram entropy of the validation text: {base['unigram_entropy']:.4f} nats per token")
-        for row in rows:
+        for row in evaluated:
             ratio = row["loss"] / row["unigram_entropy"]
             line = f"{row['variant']}: validation loss {row['loss']:.4f} = {ratio:.3f} of it"
             if row is not base:

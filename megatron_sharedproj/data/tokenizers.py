@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ def _library() -> Any:
     return tokenizers
 
 
-class Tokenizer:
+class Tokenizer(ABC):
     """What the preprocessor, Megatron-Core's GPTDatasetConfig and the evaluators need of a tokenizer.
 
     Attributes:
@@ -61,13 +62,13 @@ class Tokenizer:
         """Ids of `text`, without any added special token."""
         return self.encode_batch([text])[0]
 
+    @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text. Raises ValueError where a text cannot be encoded (NullTokenizer only)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens included."""
-        raise NotImplementedError
 
     def byte_lengths(self) -> NDArray[np.int32] | None:
         """int32 [vocab_size]: UTF-8 bytes of text that each id stands for; None unless byte-level BPE.

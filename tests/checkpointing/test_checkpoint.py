@@ -144,6 +144,30 @@ def test_a_shard_with_code_is_refused(parallel_state: Any, tmp_path: Path) -> No
     assert not (tmp_path / "pwned").exists()
 
 
+def test_byte_entries_with_code_are_never_run(parallel_state: Any, tmp_path: Path) -> None:
+    """Megatron-Core 0.17 and later read some (the common state), earlier ones none; neither may run code."""
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+    run(tmp_path)
+    folder = files.resolve_checkpoint(tmp_path / "run")
+    metadata = files.read_metadata(folder)
+    torch.save(Payload(tmp_path / "pwned"), folder / "__9_9.distcp")
+    size = (folder / "__9_9.distcp").stat().st_size
+    replaced = 0
+    for index, stored in metadata.storage_data.items():
+        if isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata):
+            stored.relative_path, stored.offset, stored.length = "__9_9.distcp", 0, size
+            replaced += 1
+    assert replaced
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    if (folder / "common.pt").exists():
+        assert run(tmp_path, train_iters=4).iteration == 4
+    else:
+        with pytest.raises(ValueError, match="cannot be read .*Weights only load failed"):
+            run(tmp_path, train_iters=4)
+    assert not (tmp_path / "pwned").exists()
+
+
 @pytest.mark.parametrize("dotted", ["Metadata.__init__", "torch.load", "os.system"])
 def test_the_metadata_reader_takes_no_dotted_or_foreign_names(tmp_path: Path, dotted: str) -> None:
     module = (

@@ -116,3 +116,10 @@ def test_finetune_starts_anew_with_the_weights(parallel_state: Any, tmp_path: Pa
         assert torch.equal(tensor, weights[name])
     for chained in tuned.optimizer.chained_optimizers:
         assert not chained.optimizer.state
+
+
+def test_save_and_load_may_be_one_folder_spelled_differently(parallel_state: Any, tmp_path: Path) -> None:
+    """Launch scripts pass both; before the first checkpoint that is a fresh start, not an error."""
+    prefix = tiny.write_data(tmp_path)
+    trainer = tiny.trainer(tiny.flags(prefix, save=f"{tmp_path}/run/", load=f"{tmp_path}/run"))
+    assert trainer.iteration == 0
