@@ -1,17 +1,20 @@
 """The attention op against its plain reference, and the reference against a loop and gradcheck.
 
+float64 runs on SDPA or the reference; what the compiled kernels compute is tested in test_kernels_cpu.py.
+
 Shape legend: s query length, t key length, b batch, h query heads, g groups (key/value heads), e head size.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_sharedproj.ops.attention import attention, select_path
+from megatron_sharedproj.ops.attention import attention, attention_packed
 from megatron_sharedproj.ops.reference import attention_reference
 
 B, E = 2, 8
@@ -206,18 +209,119 @@ def test_dtypes_that_do_not_fit(odd: int) -> None:
         attention(*tensors, causal=True, scale=1.0)
 
 
-@pytest.mark.parametrize("tied, words", [(True, "key and value one tensor"), (False, "key and value two")])
-def test_fallback_says_why(tied: bool, words: str) -> None:
-    path = select_path(tied_kv=tied)
-    assert path.name == "sdpa"
-    assert "the compiled extension is not installed" in path.reason
-    assert words in path.reason
-    assert str(path) == f"attention path: sdpa ({path.reason})"
+# Lengths of the queries and of the keys, sequence by sequence.
+PACKED = [
+    ([6], [6]),
+    ([3, 5, 1], [3, 5, 1]),
+    ([2, 4, 1], [5, 4, 7]),
+    ([5, 3], [2, 3]),
+    ([0, 4, 0], [0, 4, 3]),
+    ([3, 2], [0, 4]),
+]
+# dtype, dropout probability, tolerance. The kernels take float32; float64, and any dropout, runs on SDPA.
+PACKED_RUNS = [
+    (torch.float64, 0.0, 1e-12),
+    (torch.float32, 0.0, 1e-5),
+    (torch.float32, 1e-30, 1e-5),
+]
 
 
-def test_required_kernel_is_an_error_without_the_extension() -> None:
+def starts(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+
+
+def packed_loop(query, key, value, queries: list[int], keys: list[int], **options) -> Tensor:
+    """The reference on one sequence after another."""
+    pieces = zip(query.split(queries), key.split(keys), value.split(keys), strict=True)
+    parts = [attention_reference(*(x.unsqueeze(1) for x in piece), **options)[:, 0] for piece in pieces]
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "separate"])
+@pytest.mark.parametrize("dtype, dropout_p, tolerance", PACKED_RUNS, ids=["float64", "float32", "dropout"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("queries, keys", PACKED)
+def test_packed_is_the_reference_on_each_sequence(
+    queries: list[int],
+    keys: list[int],
+    causal: bool,
+    dtype: torch.dtype,
+    dropout_p: float,
+    tolerance: float,
+    tied: bool,
+) -> None:
+    query, key = random(sum(queries), 4, E, seed=1), random(sum(keys), 2, E, seed=2)
+    tensors = (query, key) if tied else (query, key, random(sum(keys), 2, E, seed=3))
+
+    def packed(query: Tensor, key: Tensor, value: Tensor | None = None) -> Tensor:
+        value = key if value is None else value
+        lengths = (starts(queries), starts(keys), max(queries), max(keys))
+        options = {"causal": causal, "scale": SCALE, "dropout_p": dropout_p}
+        return attention_packed(query, key, value, *lengths, **options)
+
+    def expected(query: Tensor, key: Tensor, value: Tensor | None = None) -> Tensor:
+        value = key if value is None else value
+        return packed_loop(query, key, value, queries, keys, causal=causal, scale=SCALE)
+
+    leaves = [x.to(dtype).requires_grad_() for x in tensors]
+    out = packed(*leaves)
+    assert out.shape == query.shape and out.is_contiguous() and out.dtype == dtype
+    grads = torch.autograd.grad(out, leaves, random(*out.shape, seed=9).to(dtype))
+    wanted, wanted_grads = gradients(expected, tensors)
+    for got, exactly in zip((out, *grads), (wanted, *wanted_grads), strict=True):
+        torch.testing.assert_close(got.double(), exactly, rtol=tolerance, atol=tolerance)
+
+
+def test_packed_takes_strided_views_and_long_starts() -> None:
+    mixed = random(8, 2, 4 * E)
+    query, key = mixed[..., : 2 * E].reshape(8, 4, E), mixed[..., 2 * E : 3 * E]
+    assert not key.is_contiguous()
+    lengths = starts([5, 3])
+    for dtype in (torch.float64, torch.float32):
+        q, k = query.to(dtype), mixed.to(dtype)[..., 2 * E : 3 * E]
+        out = attention_packed(q, k, k, lengths.long(), lengths.long(), 5, 5, causal=True, scale=SCALE)
+        expected = packed_loop(query, key, key, [5, 3], [5, 3], causal=True, scale=SCALE)
+        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "query, key, value, expected",
+    [
+        ((6, 2, 4, 8), (6, 2, 4, 8), (6, 2, 4, 8), ["(6, 2, 4, 8)", "expected [n, h, e] and [n, g, e]"]),
+        ((6, 4, 8), (6, 4, 8), (6, 2, 8), ["value (6, 2, 8)", "key's shape (6, 4, 8)"]),
+        ((6, 4, 8), (6, 4, 16), (6, 4, 16), ["(6, 4, 16)", "head size must be equal"]),
+        ((6, 4, 8), (6, 3, 8), (6, 3, 8), ["3 groups", "must divide the query's 4 heads"]),
+        ((6, 4, 8), (6, 0, 8), (6, 0, 8), ["(6, 0, 8)", "only lengths may be 0"]),
+    ],
+)
+def test_packed_shapes_that_do_not_fit(query, key, value, expected: list[str]) -> None:
+    tensors = [torch.zeros(shape) for shape in (query, key, value)]
     with pytest.raises(ValueError) as error:
-        select_path(tied_kv=True, require_kernel=True)
-    message = str(error.value)
-    assert message.startswith("--require-kernel: the compiled extension is not installed; build it with `pip")
-    assert "drop the flag to run on PyTorch's SDPA" in message
+        attention_packed(*tensors, starts([6]), starts([6]), 6, 6, causal=True, scale=1.0)
+    for part in expected:
+        assert part in str(error.value)
+
+
+# cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k over 6 queries and 6 keys, and what the message names
+BAD_STARTS = [
+    ([0, 2, 5], [0, 2, 6], 6, 6, "cu_seqlens_q"),
+    ([0, 2, 6], [0, 2, 7], 6, 6, "cu_seqlens_k"),
+    ([0, 6], [0, 2, 6], 6, 6, "cu_seqlens"),
+    ([0], [0], 6, 6, "cu_seqlens_q"),
+    ([1, 6], [0, 6], 6, 6, "cu_seqlens_q"),
+    ([0, 6], [1, 6], 6, 6, "cu_seqlens_k"),
+    ([0, 4, 2, 6], [0, 4, 4, 6], 6, 6, "cu_seqlens_q"),
+    ([0, 2, 6], [0, 2, 6], 3, 6, "cu_seqlens_q"),
+    ([0, 2, 6], [0, 2, 6], 6, 3, "cu_seqlens_k"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["kernel", "fallback"])
+@pytest.mark.parametrize("starts_q, starts_k, max_q, max_k, name", BAD_STARTS)
+def test_cumulative_lengths_that_do_not_fit(
+    starts_q: list[int], starts_k: list[int], max_q: int, max_k: int, name: str, dtype: torch.dtype
+) -> None:
+    tensor = torch.zeros(6, 4, E, dtype=dtype)
+    lengths = [torch.tensor(x, dtype=torch.int32) for x in (starts_q, starts_k)]
+    with pytest.raises(ValueError, match=name):
+        attention_packed(tensor, tensor, tensor, *lengths, max_q, max_k, causal=True, scale=1.0)
