@@ -90,6 +90,7 @@ _TABLE: dict[str, tuple[type, dict[str, str]]] = {
             "seed": "seed of weights, dropout and data order",
             "bf16": "bfloat16 with fp32 master weights (GPU)",
             "fp16": "float16 with loss scaling (GPU)",
+            "deterministic_mode": "bitwise repeatable kernels and collectives, usually slower",
             "manual_gc": "no automatic garbage collection: ranks would pause at different times",
             "manual_gc_interval": "collect every so many steps with --manual-gc; 0: never",
             "exit_interval": "save and exit when the step is a multiple of this",

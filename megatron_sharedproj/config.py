@@ -173,10 +173,16 @@ class TrainConfig:
     adam_eps: float = 1e-8
     clip_grad: float = 1.0
     require_kernel: bool = False
+    deterministic_mode: bool = False
     manual_gc: bool = False
     manual_gc_interval: int = 0
     exit_interval: int = 0
     exit_duration_in_mins: float = 0.0
+
+    @property
+    def params_dtype(self) -> str:
+        """Name of the parameters' torch dtype."""
+        return "bfloat16" if self.bf16 else "float16" if self.fp16 else "float32"
 
 
 @dataclass

@@ -31,6 +31,7 @@ class Device:
     supports_low_precision_optimizer = False  # Megatron's bf16/fp16 and distributed optimizers
     has_fused_kernels = False  # Megatron's fused bias, activation and dropout, compiled for a GPU
     pins_memory = False
+    capability: tuple[int, int] | None = None  # compute capability of a GPU
 
     def install(self) -> None:
         """Make Megatron-Core run on this device; idempotent, before the first use of it."""
@@ -80,6 +81,10 @@ class CudaDevice(Device):
     supports_low_precision_optimizer = True
     has_fused_kernels = True
     pins_memory = True
+
+    @property
+    def capability(self) -> tuple[int, int]:  # type: ignore[override]
+        return torch.cuda.get_device_capability()
 
     def setup(self, local_rank: int) -> torch.device:
         count = torch.cuda.device_count()

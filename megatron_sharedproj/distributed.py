@@ -75,6 +75,15 @@ def seed_all(seed: int, *, data_parallel_offset: bool = False) -> None:
     model_parallel_cuda_manual_seed(seed)
 
 
+def make_deterministic() -> None:
+    """Repeatable kernels and collectives (``--deterministic-mode``); before any of them is initialised."""
+    # What Megatron-LM asks its users to export.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+    os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+    torch.use_deterministic_algorithms(True)
+
+
 def is_rank_0() -> bool:
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_sharedproj import distributed, formulas
 from megatron_sharedproj.arguments import build_parser, run_config
 from megatron_sharedproj.checkpointing import files
@@ -15,7 +17,7 @@ from megatron_sharedproj.config import RunConfig, to_dict, write_json
 from megatron_sharedproj.data.datasets import build_datasets, resolve_blends
 from megatron_sharedproj.data.tokenizers import build_tokenizer
 from megatron_sharedproj.device import Device, get_device
-from megatron_sharedproj.ops.attention import select_path
+from megatron_sharedproj.ops import paths
 from megatron_sharedproj.quiet import quiet_libraries
 from megatron_sharedproj.validation import check_device, check_folders
 
@@ -57,6 +59,28 @@ def find_checkpoint(config: RunConfig) -> Path | None:
     return folder
 
 
+def attention_path(config: RunConfig, device: Device) -> paths.Path:
+    """The attention path of the run's training steps.
+
+    Raises:
+        ValueError: if ``--require-kernel`` is given and the compiled kernel cannot run them.
+    """
+    return paths.choose(
+        paths.Request(
+            device=device.type,
+            dtype=getattr(torch, config.train.params_dtype),
+            head_size=config.model.kv_channels,
+            tied=config.model.variant.tied_kv,
+            queries=config.train.seq_length,
+            keys=config.train.seq_length,
+            training=True,
+            dropout=config.model.attention_dropout > 0,
+            capability=device.capability,
+        ),
+        required=config.train.require_kernel,
+    )
+
+
 def prepare(args: Any) -> tuple[RunConfig, Any, list[Any], Device, Path | None]:
     """Everything that can be wrong with the flags, checked before any process group exists.
 
@@ -71,7 +95,7 @@ def prepare(args: Any) -> tuple[RunConfig, Any, list[Any], Device, Path | None]:
     world = distributed.world_size()
     config = run_config(args, tokenizer.vocab_size, world)
     check_device(config, device, world // config.parallel.tensor_model_parallel_size)
-    select_path(tied_kv=config.model.variant.tied_kv, require_kernel=config.train.require_kernel)
+    attention_path(config, device)
     checkpoint = find_checkpoint(config)
     blends = resolve_blends(config.data, tokenizer.vocab_size, validate=config.train.eval_iters > 0)
     if os.environ.get("RANK", "0") == "0":
@@ -83,7 +107,6 @@ def build_trainer(
     config: RunConfig, tokenizer: Any, blends: list[Any], device: Device, checkpoint: Path | None
 ) -> Any:
     """Model, optimizer, data and state of a run, ready to train."""
-    import torch.distributed
     from megatron.core import parallel_state
     from megatron.core.distributed import finalize_model_grads
 
@@ -103,7 +126,8 @@ def build_trainer(
         enabled=torch.distributed.get_rank() == world - 1,
     )
     log.message(f"attention variant: {config.model.variant.describe()}")
-    log.message(str(select_path(tied_kv=config.model.variant.tied_kv)))
+    paths.require_kernel(train.require_kernel)
+    log.message(str(attention_path(config, device)))
     counts = formulas.parameters(config.model)
     ranks = parallel_state.get_data_parallel_world_size()
     log.message(
@@ -114,7 +138,12 @@ def build_trainer(
         f"{world} process(es), tensor parallel {config.parallel.tensor_model_parallel_size}, "
         f"data parallel {ranks}, {device.describe()}; {check_device(config, device, ranks)}"
     )
-    model = build_model(config.model, config.parallel, dtype=optim.dtype_of(train)).to(local)
+    model = build_model(
+        config.model,
+        config.parallel,
+        dtype=getattr(torch, train.params_dtype),
+        deterministic_mode=train.deterministic_mode,
+    ).to(local)
     model.config.finalize_model_grads_func = finalize_model_grads
     wrapped = optim.wrap_data_parallel(model, config.parallel, train)
     optimizer = optim.build_optimizer(wrapped, config.parallel, train)
@@ -208,6 +237,8 @@ def main(argv: list[str] | None = None) -> int:
     config, _, _, device, _ = prepared
     if args.check_only:
         return 0
+    if config.train.deterministic_mode:
+        distributed.make_deterministic()
     distributed.initialize(
         device,
         tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,

@@ -127,6 +127,8 @@ def check_train(config: RunConfig, data_parallel_size: int) -> None:
         raise ValueError(f"--lr-decay-style {train.lr_decay_style}: choose one of {', '.join(styles)}")
     if config.parallel.grad_reduce_in_bf16 and not train.bf16:
         raise ValueError("--grad-reduce-in-bf16: needs --bf16")
+    if train.deterministic_mode and config.parallel.cross_entropy_loss_fusion:
+        raise ValueError("--deterministic-mode: --cross-entropy-loss-fusion is not deterministic; drop one")
     if train.bf16 and train.fp16:
         raise ValueError("--bf16: --fp16 is given too; give one")
 

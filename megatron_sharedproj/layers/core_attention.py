@@ -14,17 +14,19 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_sharedproj.ops.attention import attention
+from megatron_sharedproj.ops.attention import attention, attention_packed
 
 
 class SharedProjectionCoreAttention(MegatronModule):
     """softmax(scale Q K^T) V through ops.attention; takes key and value as one tensor.
 
+    Packed sequences come as Megatron gives them (PackedSeqParams in its "thd" format).
+
     Same constructor and forward as megatron.core.transformer.dot_product_attention.DotProductAttention.
 
     Raises:
         ValueError: for options that this op does not compute (sliding windows, attention bias, explicit
-            masks, packed sequences), instead of ignoring them.
+            masks, padding between packed sequences), instead of ignoring them.
     """
 
     def __init__(
@@ -67,14 +69,14 @@ class SharedProjectionCoreAttention(MegatronModule):
         """Attention of one layer.
 
         Args:
-            query: [s, b, h, e].
-            key, value: [t, b, g, e]; one tensor for the variants that tie them.
+            query: [s, b, h, e], or [n, h, e] with packed_seq_params.
+            key, value: [t, b, g, e] or [n, g, e]; one tensor for the variants that tie them.
+            packed_seq_params: megatron.core.packed_seq_params.PackedSeqParams.
         Returns:
-            [s, b, h * e].
+            [s, b, h * e], or [n, h * e].
         """
-        for name, given in (("attention_bias", attention_bias), ("packed_seq_params", packed_seq_params)):
-            if given is not None:
-                raise ValueError(f"{name}: not supported by projection-sharing attention")
+        if attention_bias is not None:
+            raise ValueError("attention_bias: not supported by projection-sharing attention")
         mask_type = attn_mask_type if attn_mask_type is not None else self.attn_mask_type
         if mask_type not in (AttnMaskType.causal, AttnMaskType.no_mask):
             raise ValueError(
@@ -83,13 +85,30 @@ class SharedProjectionCoreAttention(MegatronModule):
         dropout = self.dropout if self.training else 0.0
         # Heads are split over the tensor-parallel ranks: each needs its own random stream.
         stream = get_cuda_rng_tracker().fork() if dropout else contextlib.nullcontext()
+        options: dict[str, Any] = {
+            "causal": mask_type is AttnMaskType.causal,
+            "scale": self.scale,
+            "dropout_p": dropout,
+            "deterministic": bool(self.config.deterministic_mode),
+        }
         with stream:
-            out = attention(
-                query,
-                key,
-                value,
-                causal=mask_type is AttnMaskType.causal,
-                scale=self.scale,
-                dropout_p=dropout,
-            )
-        return out.view(out.shape[0], out.shape[1], -1)
+            if packed_seq_params is None:
+                return attention(query, key, value, **options).flatten(-2)
+            return attention_packed(query, key, value, *_lengths(packed_seq_params), **options).flatten(-2)
+
+
+def _lengths(packed: Any) -> tuple[Tensor, Tensor, int, int]:
+    if packed.qkv_format != "thd":
+        raise ValueError(f"packed_seq_params.qkv_format={packed.qkv_format}: supported is thd")
+    if packed.cu_seqlens_q_padded is not None or packed.cu_seqlens_kv_padded is not None:
+        raise ValueError(
+            "packed_seq_params: padding between sequences (cu_seqlens_*_padded) is not supported"
+        )
+    longest = [
+        given if given is not None else int(starts.diff().max())
+        for given, starts in (
+            (packed.max_seqlen_q, packed.cu_seqlens_q),
+            (packed.max_seqlen_kv, packed.cu_seqlens_kv),
+        )
+    ]
+    return packed.cu_seqlens_q, packed.cu_seqlens_kv, longest[0], longest[1]

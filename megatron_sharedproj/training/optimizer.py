@@ -16,11 +16,6 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_sharedproj.config import ParallelConfig, TrainConfig
 
 
-def dtype_of(train: TrainConfig) -> torch.dtype:
-    """Parameter dtype of a run."""
-    return torch.bfloat16 if train.bf16 else torch.float16 if train.fp16 else torch.float32
-
-
 def wrap_data_parallel(model: Any, parallel: ParallelConfig, train: TrainConfig) -> DistributedDataParallel:
     """Megatron's DistributedDataParallel: gradients in contiguous fp32 buffers, averaged over replicas."""
     ddp_config = DistributedDataParallelConfig(
@@ -50,7 +45,7 @@ def build_optimizer(model: DistributedDataParallel, parallel: ParallelConfig, tr
         clip_grad=train.clip_grad,
         bf16=train.bf16,
         fp16=train.fp16,
-        params_dtype=dtype_of(train),
+        params_dtype=getattr(torch, train.params_dtype),
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_param_gather=parallel.overlap_param_gather,
     )

@@ -20,7 +20,8 @@ TOOLS = ROOT / "tools"
 SIZE = (
     "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --ffn-hidden-size 128 --seq-length 64 "
     "--max-position-embeddings 64 --micro-batch-size 4 --global-batch-size 8 --train-iters 12 --lr 1e-2 "
-    "--min-lr 1e-3 --lr-warmup-iters 2 --eval-iters 1 --eval-interval 6 --log-interval 2 --num-workers 0"
+    "--min-lr 1e-3 --lr-warmup-iters 2 --eval-iters 1 --eval-interval 6 --log-interval 2 --num-workers 0 "
+    "--attention-dropout 0"
 ).split()
 
 
@@ -90,7 +91,7 @@ def train(folder: Path, *flags: str, capsys: Any) -> tuple[int, str]:
 def test_log_says_what_runs(chain: Path) -> None:
     text = (chain / "train.txt").read_text()
     assert "attention variant: qk_eq_v (paper: Q-K=V): 2 projection(s) [q, kv]" in text
-    assert "attention path: " in text
+    assert "attention path: extension (forward and backward kernel, " in text
     assert "2 process(es), tensor parallel 1, data parallel 2" in text
     assert " iteration       12/      12 | consumed samples:           96 | elapsed time" in text
     assert "| variant: qk_eq_v |" in text and "tokens/s:" in text
@@ -147,7 +148,8 @@ def test_generate_plot_and_compare(chain: Path) -> None:
         (["--data-path", "missing"], ["--data-path missing", "missing.idx does not exist"]),
         (["--tokenizer-model", "./no/tokenizer"], ["no/tokenizer"]),
         (["--position-embedding-type", "rope"], ["--position-embedding-type rope", "--kv-rotary"]),
-        (["--require-kernel"], ["--require-kernel", "not installed"]),
+        (["--require-kernel", "--attention-dropout", "0.1"], ["--require-kernel", "attention dropout"]),
+        (["--deterministic-mode", "--cross-entropy-loss-fusion"], ["--deterministic-mode", "drop one"]),
         (["--load", "nowhere"], ["--load nowhere", "no checkpoint there"]),
     ],
 )
