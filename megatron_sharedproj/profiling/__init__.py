@@ -1,0 +1,1 @@
+"""Measuring what runs: times of operations beside their baselines and the machine's own ceilings."""
