@@ -171,6 +171,9 @@ Problem problem_of(const Tensor& query, const Tensor& key, const OptionalTensor&
     problem.max_seqlen_k = key.size(1);
     problem.total_q = query.size(0) * query.size(1);
   }
+  TORCH_CHECK_VALUE(problem.max_seqlen_q <= INT32_MAX && problem.max_seqlen_k <= INT32_MAX,
+                    "query has length ", problem.max_seqlen_q, ", key has length ", problem.max_seqlen_k,
+                    "; accepted: below 2^31");
   problem.heads = static_cast<int32_t>(h);
   problem.groups = static_cast<int32_t>(g);
   problem.head_size = static_cast<int32_t>(e);
@@ -366,6 +369,8 @@ std::tuple<Tensor, Tensor> decode(const Tensor& query, const Tensor& key, const 
     TORCH_CHECK_VALUE(key.size(0) == b, "key has batch ", key.size(0), "; the query has ", b);
     params.max_seqlen_k = key.size(1);
   }
+  TORCH_CHECK_VALUE(params.max_seqlen_k <= INT32_MAX, "key has length ", params.max_seqlen_k,
+                    "; accepted: below 2^31");
   params.batch = static_cast<int32_t>(b);
   params.heads = static_cast<int32_t>(h);
   params.groups = static_cast<int32_t>(g);

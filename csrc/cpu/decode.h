@@ -89,13 +89,14 @@ inline void decode_rows(const DecodeContext<Input>& context, int64_t batch, int6
     const Input *ahead[kKeys], *values_ahead[kKeys];
     const Input* rows_of = cache_row<Input>(p, p.key, p.key_strides, batch, first, group);
     pieces_ahead(ahead, p, p.key, p.key_strides, batch, first + step, end, group, rows_of, count);
-    const RowBlock<Input> keys = {rows_of, p.key_strides.seq, ahead};
-    RowBlock<Input> values = {rows_of, p.key_strides.seq, nullptr};
-    if (p.value != nullptr) {
+    const bool tied = p.value == nullptr;
+    const RowBlock<Input> keys = {rows_of, p.key_strides.seq, ahead, 0, tied ? (e + 1) / 2 : e};
+    RowBlock<Input> values = {rows_of, p.key_strides.seq, ahead, (e + 1) / 2, e};
+    if (!tied) {
       rows_of = cache_row<Input>(p, p.value, p.value_strides, batch, first, group);
       pieces_ahead(values_ahead, p, p.value, p.value_strides, batch, first + step, end, group, rows_of,
                    count);
-      values = {rows_of, p.value_strides.seq, values_ahead};
+      values = {rows_of, p.value_strides.seq, values_ahead, 0, e};
     }
     const auto attend_some = [&](int r, auto several) {
       int limit[several.value];

@@ -16,6 +16,44 @@ from megatron_sharedproj.ops.paths import Request, choose, refusal
 from megatron_sharedproj.ops.reference import decode_reference
 
 
+def _check(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor | None,
+    seqlens_k: Tensor | None,
+    block_table: Tensor | None,
+) -> None:
+    """What csrc/bindings.cpp checks, for the path that does not go there."""
+    if query.dim() != 4 or key_cache.dim() != 4:
+        shapes = f"query {tuple(query.shape)}, key {tuple(key_cache.shape)}"
+        raise ValueError(f"{shapes}: expected [b, s, h, e] and [b, t, g, e]")
+    b, _, h, e = query.shape
+    pages, length, g, key_e = key_cache.shape
+    if key_e != e or g == 0 or h % g:
+        raise ValueError(f"key has {g} groups of {key_e}: the query has {h} heads of {e}")
+    if value_cache is not None and value_cache.shape != key_cache.shape:
+        raise ValueError(f"value has shape {tuple(value_cache.shape)}: the key has {tuple(key_cache.shape)}")
+    if block_table is None:
+        if pages != b:
+            raise ValueError(f"key has batch {pages}: the query has {b}")
+    else:
+        if block_table.dim() != 2 or block_table.shape[0] != b:
+            raise ValueError(f"block_table has shape {tuple(block_table.shape)}: expected [{b}, pages]")
+        length *= block_table.shape[1]
+    lengths = [length] * b if seqlens_k is None else seqlens_k.tolist()
+    if len(lengths) != b:
+        raise ValueError(f"seqlens_k has {len(lengths)} entries: expected {b}")
+    for z, keys in enumerate(lengths):
+        if not 0 <= keys <= length:
+            raise ValueError(f"seqlens_k gives sequence {z} the length {keys}: accepted are 0 to {length}")
+        used = [] if block_table is None else block_table[z, : -(-keys // key_cache.shape[1])].tolist()
+        for page in used:
+            if not 0 <= page < pages:
+                raise ValueError(
+                    f"block_table names page {page} for sequence {z}: accepted are 0 to {pages - 1}"
+                )
+
+
 def decode(
     query: Tensor,
     key_cache: Tensor,
@@ -59,6 +97,7 @@ def decode(
     )
     if refusal(request):
         choose(request)  # an error where the kernel is required
+        _check(query, key_cache, value_cache, seqlens_k, block_table)
         return decode_reference(query, key_cache, value_cache, scale, seqlens_k, block_table)
     return torch.ops.megatron_sharedproj.attention_decode(
         query, key_cache, value_cache, scale, seqlens_k, block_table, num_splits

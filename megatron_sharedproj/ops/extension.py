@@ -56,21 +56,28 @@ def _attention_fake(
     max_seqlen_k: int = 0,
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    _same_device(query, key, value)
+    _same_device(query, key, value, cu_seqlens_q, cu_seqlens_k)
     return _empty_like(query), _lse_like(query, cu_seqlens_q is not None)
 
 
 def _attention_backward_fake(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _same_device(query, grad_out, grad_lse, key, value, *(x for x in rest if isinstance(x, Tensor)))
     grad_value = key.new_empty(0) if value is None else _empty_like(value)
     return _empty_like(query), _empty_like(key), grad_value
 
 
 def _attention_decode_fake(
-    query: Tensor, key: Tensor, value: Tensor | None, scale: float, *rest: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    scale: float,
+    seqlens_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    num_splits: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    _same_device(query, key, value)
+    _same_device(query, key, value, seqlens_k, block_table)
     return _empty_like(query), _lse_like(query, packed=False)
 
 

@@ -277,6 +277,16 @@ def test_lengths_and_pages_that_do_not_fit(lengths: list[int], table: list | Non
         )
 
 
+@pytest.mark.parametrize("lengths, table, message", BAD_LENGTHS_AND_PAGES)
+def test_the_fallback_refuses_them_too(lengths: list[int], table: list | None, message: str) -> None:
+    query = torch.zeros(2, 1, 4, 16, dtype=torch.float64)
+    shape = (2, 65, 2, 16) if table is None else (4, 64, 2, 16)
+    blocks = None if table is None else torch.tensor(table, dtype=torch.int32)
+    seqlens = torch.tensor(lengths, dtype=torch.int32)
+    with pytest.raises(ValueError, match=message.split()[0]):
+        decode(query, torch.zeros(shape).double(), scale=1.0, seqlens_k=seqlens, block_table=blocks)
+
+
 @needs_kernel
 def test_pages_behind_a_length_are_not_read() -> None:
     query, key, _, lengths = decode_inputs([64, 3], 1, 128, 4, 2, 16, torch.float32)

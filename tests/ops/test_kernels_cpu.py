@@ -240,7 +240,8 @@ def test_large_logits(s: int, t: int, dtype: torch.dtype, tied: bool) -> None:
     case = Case(s, t, 4, 2, 64, dtype=dtype, logits=50 * 8.0)
     tensors = case.inputs()
     expected, result = run_exact(case, tensors, tied), run_kernels(case, tensors, tied)
-    torch.testing.assert_close(result.lse.double(), expected.lse, rtol=1e-6, atol=1e-5)
+    # A score is a sum of 64 products of up to several hundred: float32 rounds it at that size.
+    torch.testing.assert_close(result.lse.double(), expected.lse, rtol=1e-6, atol=1e-4)
     torch.testing.assert_close(result.out.double(), expected.out, rtol=4e-3, atol=4e-3)
     plain = run_plain(case, tensors, tied).named()
     for name, tensor in result.named().items():
