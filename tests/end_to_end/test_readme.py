@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "README.md").read_text()
@@ -61,3 +62,22 @@ def test_parameter_table_is_what_the_formulas_say() -> None:
         config = PRESETS["300m"].replace(attention_variant=variant, num_query_groups=int(groups or 16))
         assert f"{formulas.parameters(config)['total']:,}" == parameters
         assert f"{formulas.kv_cache_bytes_per_token(config):,}" == cache
+
+
+def test_python_blocks_run() -> None:
+    """The snippet runs on tensors of its shapes (s = b, so that the query fits both layouts)."""
+    (block,) = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+    b, s, h, g, e = 2, 2, 4, 2, 16
+    names: dict[str, object] = {
+        "e": e,
+        "query": torch.randn(s, b, h, e),
+        "kv": torch.randn(7, b, g, e),
+        "cache": torch.randn(b, 64, g, e),
+        "pages": torch.randn(4, 64, g, e),
+        "lengths": torch.tensor([64, 3], dtype=torch.int32),
+        "table": torch.tensor([[1], [3]], dtype=torch.int32),
+    }
+    exec(block, names)
+    out, lse = names["out"], names["lse"]
+    assert isinstance(out, torch.Tensor) and out.shape == (b, s, h, e)
+    assert isinstance(lse, torch.Tensor) and lse.shape == (b, h, s)
