@@ -54,10 +54,6 @@ void check_head_size(const Tensor& query, int64_t e) {
   }
 }
 
-void check_scale(double scale) {
-  TORCH_CHECK_VALUE(scale > 0 && std::isfinite(scale), "scale is ", scale, "; accepted: finite and above 0");
-}
-
 void check_like_query(const Tensor& query, const Tensor& tensor, const char* name) {
   TORCH_CHECK_VALUE(tensor.device() == query.device(), name, " is on ", tensor.device(), "; the query is on ",
                     query.device());
@@ -68,6 +64,26 @@ void check_like_query(const Tensor& query, const Tensor& tensor, const char* nam
 void check_last_dimension(const Tensor& tensor, const char* name) {
   TORCH_CHECK_VALUE(tensor.stride(-1) == 1 || tensor.size(-1) <= 1, name, " has stride ", tensor.stride(-1),
                     " in its last dimension; accepted: 1 (call .contiguous())");
+}
+
+// What forward, backward and decode ask of query, key and value alike; their dimensions are checked before.
+void check_operands(const Tensor& query, const Tensor& key, const OptionalTensor& value, double scale) {
+  TORCH_CHECK_VALUE(scale > 0 && std::isfinite(scale), "scale is ", scale, "; accepted: finite and above 0");
+  check_like_query(query, key, "key");
+  check_last_dimension(query, "query");
+  check_last_dimension(key, "key");
+  const int64_t h = query.size(-2), g = key.size(-2), e = query.size(-1);
+  TORCH_CHECK_VALUE(key.size(-1) == e, "key has head size ", key.size(-1), "; the query has ", e);
+  TORCH_CHECK_VALUE(g > 0 && h > 0 && h % g == 0, "key has ", g,
+                    " groups; accepted: divisors of the query's ", h, " heads");
+  check_head_size(query, e);
+  if (!value.has_value()) return;
+  check_like_query(query, *value, "value");
+  TORCH_CHECK_VALUE(value->sizes() == key.sizes(), "value has shape ", value->sizes(), "; the key has ",
+                    key.sizes());
+  check_last_dimension(*value, "value");
+  TORCH_CHECK_VALUE(!query.is_cuda(),
+                    "value: the CUDA kernels read one tensor; leave value out, or use SDPA");
 }
 
 void check_lengths(const Tensor& lengths, const Tensor& query, int64_t count, const char* name) {
@@ -128,23 +144,8 @@ Problem problem_of(const Tensor& query, const Tensor& key, const OptionalTensor&
   TORCH_CHECK_VALUE(query.dim() == dimensions, "query has shape ", query.sizes(), "; query and key are ",
                     shapes);
   TORCH_CHECK_VALUE(key.dim() == dimensions, "key has shape ", key.sizes(), "; query and key are ", shapes);
-  check_scale(arguments.scale);
-  check_like_query(query, key, "key");
-  check_last_dimension(query, "query");
-  check_last_dimension(key, "key");
+  check_operands(query, key, value, arguments.scale);
   const int64_t h = query.size(-2), g = key.size(-2), e = query.size(-1);
-  TORCH_CHECK_VALUE(key.size(-1) == e, "key has head size ", key.size(-1), "; the query has ", e);
-  TORCH_CHECK_VALUE(g > 0 && h > 0 && h % g == 0, "key has ", g,
-                    " groups; accepted: divisors of the query's ", h, " heads");
-  check_head_size(query, e);
-  if (value.has_value()) {
-    check_like_query(query, *value, "value");
-    TORCH_CHECK_VALUE(value->sizes() == key.sizes(), "value has shape ", value->sizes(), "; the key has ",
-                      key.sizes());
-    check_last_dimension(*value, "value");
-    TORCH_CHECK_VALUE(!query.is_cuda(),
-                      "value: the CUDA kernels read one tensor; leave value out, or use SDPA");
-  }
   if (packed) {
     const Tensor &q = *arguments.cu_seqlens_q, &k = *arguments.cu_seqlens_k;
     check_lengths(q, query, -1, "cu_seqlens_q");
@@ -330,24 +331,9 @@ std::tuple<Tensor, Tensor> decode(const Tensor& query, const Tensor& key, const 
   TORCH_CHECK_VALUE(query.dim() == 4, "query has shape ", query.sizes(), "; accepted: [b, s, h, e]");
   TORCH_CHECK_VALUE(key.dim() == 4, "key has shape ", key.sizes(),
                     "; accepted: ", paged ? "[pages, page_size, g, e]" : "[b, t, g, e]");
-  check_scale(scale);
-  check_like_query(query, key, "key");
-  check_last_dimension(query, "query");
-  check_last_dimension(key, "key");
+  check_operands(query, key, value, scale);
   const int64_t b = query.size(0), s = query.size(1), h = query.size(2), e = query.size(3), g = key.size(2);
   TORCH_CHECK_VALUE(b > 0, "query has batch 0; accepted: 1 or more");
-  TORCH_CHECK_VALUE(key.size(3) == e, "key has head size ", key.size(3), "; the query has ", e);
-  TORCH_CHECK_VALUE(g > 0 && h > 0 && h % g == 0, "key has ", g,
-                    " groups; accepted: divisors of the query's ", h, " heads");
-  check_head_size(query, e);
-  if (value.has_value()) {
-    check_like_query(query, *value, "value");
-    TORCH_CHECK_VALUE(value->sizes() == key.sizes(), "value has shape ", value->sizes(), "; the key has ",
-                      key.sizes());
-    check_last_dimension(*value, "value");
-    TORCH_CHECK_VALUE(!query.is_cuda(),
-                      "value: the CUDA kernels read one tensor; leave value out, or use SDPA");
-  }
   if (seqlens_k.has_value()) check_lengths(*seqlens_k, query, b, "seqlens_k");
   TORCH_CHECK_VALUE(num_splits >= 0 && num_splits <= 256, "num_splits is ", num_splits,
                     "; accepted: 0 to 256");

@@ -78,3 +78,13 @@ def trainer(line: list[str]) -> Any:
     prepared = prepare(build_parser().parse_args(line))
     distributed.seed_all(prepared[0].train.seed)
     return build_trainer(*prepared)
+
+
+def losses(line: list[str]) -> list[float]:
+    """Train a command line to its end: the loss of each step."""
+    run = trainer(line)
+    found: list[float] = []
+    run.hooks.append(lambda t: found.append(t.last_loss))
+    assert run.train() == 0
+    run.log.close()
+    return found

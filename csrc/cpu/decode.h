@@ -156,15 +156,7 @@ inline void decode_lanes(const DecodeContext<Input>& context, int64_t batch, int
   const int rows = heads_per_group * s, count = (rows + kLanes - 1) / kLanes;
   const int64_t length = decode_length(p, batch);
   LaneBlock* blocks = scratch.take<LaneBlock>(count);
-  for (int l = 0; l < count; ++l) {
-    LaneBlock& block = blocks[l];
-    block.query = scratch.take<uint32_t>(static_cast<int64_t>(e) * kLanes);
-    block.out = scratch.take<float>(static_cast<int64_t>(e) * kLanes);
-    block.maximum = scratch.take<float>(kLanes);
-    block.sum = scratch.take<float>(kLanes);
-    block.rescale = scratch.take<float>(kLanes);
-    block.limit = scratch.take<int32_t>(kLanes);
-  }
+  for (int l = 0; l < count; ++l) blocks[l] = LaneBlock::take(scratch, e / kPerUnit<Input>, e, kLanes);
   float* scores = scratch.take<float>(kKeys * kLanes);
   uint32_t* packed = scratch.take<uint32_t>(kKeys * kLanes);
   const auto key_storage = KeyStorage<Input>::take(scratch, e),
@@ -176,25 +168,14 @@ inline void decode_lanes(const DecodeContext<Input>& context, int64_t batch, int
       const int valid = rows - l * kLanes < kLanes ? rows - l * kLanes : kLanes,
                 lanes = round_up(valid, kWidth);
       const Input* sources[kLanes];
-      block.least_limit = length;
-      block.greatest_limit = 0;
-      for (int m = 0; m < lanes; ++m) {
-        block.maximum[m] = -__builtin_inff();
-        block.sum[m] = 0.0f;
-        if (m >= valid) {
-          block.limit[m] = 0;
-          continue;
-        }
+      block.reset(e, lanes, length);
+      for (int m = 0; m < valid; ++m) {
         const int r = l * kLanes + m;
         const int64_t i = r % s, head = group * heads_per_group + r / s;
         sources[m] = row_at(static_cast<const Input*>(p.query), p.query_strides, batch, i, head);
-        const int64_t limit = i + 1 + length - s < 0 ? 0 : i + 1 + length - s;
-        block.limit[m] = static_cast<int32_t>(limit);
-        if (limit < block.least_limit) block.least_limit = limit;
-        if (limit > block.greatest_limit) block.greatest_limit = limit;
+        block.set_limit(m, i + 1 + length - s);
       }
       pack_lanes(block.query, sources, valid, lanes, e);
-      std::memset(block.out, 0, sizeof(float) * e * lanes);
     }
     for (int64_t first = begin; first < end; first += kKeys) {
       const int valid = static_cast<int>(end - first < kKeys ? end - first : kKeys);

@@ -18,7 +18,36 @@ struct LaneBlock {
   float *maximum, *sum, *rescale;
   int32_t* limit;  // keys that each lane sees; 0 for a lane without a row
   int64_t least_limit, greatest_limit;
-  bool started;
+
+  // `units` of a query row.
+  static LaneBlock take(Scratch& scratch, int units, int e, int lanes) {
+    LaneBlock block;
+    block.query = scratch.take<uint32_t>(static_cast<int64_t>(units) * lanes);
+    block.out = scratch.take<float>(static_cast<int64_t>(e) * lanes);
+    block.maximum = scratch.take<float>(lanes);
+    block.sum = scratch.take<float>(lanes);
+    block.rescale = scratch.take<float>(lanes);
+    block.limit = scratch.take<int32_t>(lanes);
+    return block;
+  }
+
+  // No lane has a row yet; rows see at most `keys`.
+  void reset(int e, int lanes, int64_t keys) {
+    least_limit = keys;
+    greatest_limit = 0;
+    std::memset(out, 0, sizeof(float) * e * lanes);
+    std::memset(sum, 0, sizeof(float) * lanes);
+    std::memset(limit, 0, sizeof(int32_t) * lanes);
+    for (int m = 0; m < lanes; ++m) maximum[m] = -__builtin_inff();
+  }
+
+  // Lane m has a row that sees `keys` keys.
+  void set_limit(int m, int64_t keys) {
+    keys = keys < 0 ? 0 : keys;
+    limit[m] = static_cast<int32_t>(keys);
+    if (keys < least_limit) least_limit = keys;
+    if (keys > greatest_limit) greatest_limit = keys;
+  }
 };
 
 // scores [n, m] -> weights, in units along n at `weights`; updates maximum, sum and rescale of the lanes.
@@ -120,7 +149,7 @@ inline void forward_task(void* opaque, int64_t index, char* memory) {
                                                                                 : kLaneBlocks * kLanes);
 
   Scratch scratch{memory};
-  const Input* sources[kLaneBlocks * kLanes];
+  const Input* sources[kLanes];
   LaneBlock blocks[kLaneBlocks];
   int columns_of[kLaneBlocks];
   int count = 0;
@@ -130,34 +159,17 @@ inline void forward_task(void* opaque, int64_t index, char* memory) {
     const int columns = (valid + kWidth - 1) / kWidth, lanes = columns * kWidth;
     LaneBlock& block = blocks[count];
     columns_of[count] = columns;
-    block.query = scratch.take<uint32_t>(static_cast<int64_t>(e) / kPerUnit<Input> * lanes);
-    block.out = scratch.take<float>(static_cast<int64_t>(e) * lanes);
-    block.maximum = scratch.take<float>(lanes);
-    block.sum = scratch.take<float>(lanes);
-    block.rescale = scratch.take<float>(lanes);
-    block.limit = scratch.take<int32_t>(lanes);
-    block.least_limit = seq.t;
-    block.greatest_limit = 0;
-    for (int m = 0; m < lanes; ++m) {
-      block.maximum[m] = -__builtin_inff();
-      block.sum[m] = 0.0f;
-      if (m >= valid) {
-        block.limit[m] = 0;
-        continue;
-      }
+    block = LaneBlock::take(scratch, e / kPerUnit<Input>, e, lanes);
+    block.reset(e, lanes, seq.t);
+    for (int m = 0; m < valid; ++m) {
       const int64_t row = first_row + begin + m, i = row % seq.s,
                     head = group * heads_per_group + row / seq.s;
-      sources[begin + m] =
+      sources[m] =
           row_at(static_cast<const Input*>(p.query), p.query_strides, batch, seq.query_start + i, head);
-      int64_t limit = problem.causal ? i + 1 + seq.t - seq.s : seq.t;
-      limit = limit < 0 ? 0 : limit;
-      block.limit[m] = static_cast<int32_t>(limit);
-      if (limit < block.least_limit) block.least_limit = limit;
-      if (limit > block.greatest_limit) block.greatest_limit = limit;
+      block.set_limit(m, problem.causal ? i + 1 + seq.t - seq.s : seq.t);
     }
     if (block.greatest_limit > greatest) greatest = block.greatest_limit;
-    pack_lanes(block.query, sources + begin, valid, lanes, e);
-    std::memset(block.out, 0, sizeof(float) * e * lanes);
+    pack_lanes(block.query, sources, valid, lanes, e);
   }
   float* scores = scratch.take<float>(kKeys * kLanes);
   uint32_t* packed = scratch.take<uint32_t>(kKeys * kLanes);

@@ -260,16 +260,8 @@ def test_training_follows_sdpa(request: Any, tmp_path: Path, monkeypatch: Any) -
         tmp_path / "tiny_text_document", "qk_eq_v", 2, hidden_size=256, bf16=True, train_iters=50
     )
 
-    def losses(*flags: str) -> list[float]:
-        trainer = tiny.trainer([*line, *flags])
-        found: list[float] = []
-        trainer.hooks.append(lambda t: found.append(t.last_loss))
-        assert trainer.train() == 0
-        trainer.log.close()
-        return found
-
-    compiled = losses("--require-kernel")
+    compiled = tiny.losses([*line, "--require-kernel"])
     paths.require_kernel(False)
     monkeypatch.setattr(extension, "MISSING", "left out for this test")
-    assert compiled == pytest.approx(losses(), rel=0.02)
+    assert compiled == pytest.approx(tiny.losses(line), rel=0.02)
     assert compiled[-1] < 0.8 * compiled[0]

@@ -17,15 +17,6 @@ pytestmark = [
 STEPS = 12
 
 
-def losses(line: list[str]) -> list[float]:
-    trainer = tiny.trainer(line)
-    found: list[float] = []
-    trainer.hooks.append(lambda t: found.append(t.last_loss))
-    assert trainer.train() == 0
-    trainer.log.close()
-    return found
-
-
 def line(tmp_path: Path, variant: str, **changes: Any) -> list[str]:
     if not (tmp_path / "tiny_text_document.idx").exists():
         tiny.write_data(tmp_path)
@@ -34,8 +25,8 @@ def line(tmp_path: Path, variant: str, **changes: Any) -> list[str]:
 
 @pytest.mark.parametrize("variant", ["qkv", "q_eq_k", "qk_eq_v", "q_eq_k_eq_v"])
 def test_bf16_follows_fp32(parallel_state: Any, tmp_path: Path, variant: str) -> None:
-    single = losses(line(tmp_path, variant))
-    half = losses(line(tmp_path, variant, bf16=True))
+    single = tiny.losses(line(tmp_path, variant))
+    half = tiny.losses(line(tmp_path, variant, bf16=True))
     assert half[-1] < 0.9 * half[0]
     assert half == pytest.approx(single, rel=0.03)
 
@@ -44,15 +35,17 @@ def test_bf16_follows_fp32(parallel_state: Any, tmp_path: Path, variant: str) ->
 def test_distributed_optimizer_equals_the_plain_one(
     parallel_state: Any, tmp_path: Path, variant: str
 ) -> None:
-    plain = losses(line(tmp_path, variant, bf16=True))
-    sharded = losses(line(tmp_path, variant, bf16=True, use_distributed_optimizer=True))
+    plain = tiny.losses(line(tmp_path, variant, bf16=True))
+    sharded = tiny.losses(line(tmp_path, variant, bf16=True, use_distributed_optimizer=True))
     assert sharded == pytest.approx(plain, rel=1e-3)
 
 
 @pytest.mark.parametrize("distributed", [False, True])
 def test_resume_in_bf16(parallel_state: Any, tmp_path: Path, distributed: bool) -> None:
     options = {"bf16": True, "use_distributed_optimizer": distributed, "save_interval": STEPS // 2}
-    whole = losses(line(tmp_path, "qk_eq_v", **options, save=tmp_path / "whole"))
-    first = losses(line(tmp_path, "qk_eq_v", **options, save=tmp_path / "parts", exit_interval=STEPS // 2))
-    rest = losses(line(tmp_path, "qk_eq_v", **options, save=tmp_path / "parts"))
+    whole = tiny.losses(line(tmp_path, "qk_eq_v", **options, save=tmp_path / "whole"))
+    first = tiny.losses(
+        line(tmp_path, "qk_eq_v", **options, save=tmp_path / "parts", exit_interval=STEPS // 2)
+    )
+    rest = tiny.losses(line(tmp_path, "qk_eq_v", **options, save=tmp_path / "parts"))
     assert first + rest == pytest.approx(whole, rel=1e-3)
