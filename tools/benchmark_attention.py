@@ -27,7 +27,7 @@ example:
 A flag replaces the preset's choice, for all its cases. The table shows the time of one operation in ms, and
   TFLOP/s     4 b h s t e in the forward, half of it when causal; 2.5 times that backward, 3.5 times for both
   GB/s        bytes that any algorithm has to move (a tied key/value once) per second
-  % of roof   of the rate of a matrix product or of memory, whichever bounds it, measured at the start
+  % of roof   of the rate of a matrix product or of memory, whichever bounds it, measured in the run
   x separate  time of SDPA with separate key and value / this time: above 1 is faster; x alias: with one
   error       largest, against float64 on a small shape of the kind; x plain's: in units of plain PyTorch's
 """

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch
 from megatron_sharedproj.duration import format_duration
 from megatron_sharedproj.profiling.attention_bench import Result, refusal, run_case, sdpa_backend
 from megatron_sharedproj.profiling.attention_cases import CASE_FIELDS, Case
-from megatron_sharedproj.profiling.roofline import measure_roofline
+from megatron_sharedproj.profiling.roofline import measure_bandwidth, measure_roofline
 from megatron_sharedproj.profiling.timing import Machine
 
 COLUMNS = (
@@ -216,6 +217,10 @@ def benchmark(
         left = format_duration(elapsed / index * (len(todo) - index)) if index else "?"
         backend = sdpa_backend(case, machine.device)
         chosen = f"; SDPA: {backend}" if backend else ""
+        if case.op == "decode":
+            # A shared machine's memory is faster at one time than at another: measured beside each case.
+            roofline = replace(roofline, bandwidth=measure_bandwidth(machine)[0])
+            chosen += f"; memory: {roofline.bandwidth / 1e9:.4g} GB/s"
         print(f"[{index + 1}/{len(todo)}, ETA {left}] {case}{chosen}", flush=True)
         results, skipped = run_case(case, implementations, machine, roofline, budget)
         new = {result.implementation: row_of(result, run) for result in results}

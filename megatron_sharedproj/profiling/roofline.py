@@ -54,13 +54,17 @@ def _product_rate(dtype: torch.dtype, machine: Machine) -> tuple[float, str]:
     return best[name], name
 
 
+def measure_bandwidth(machine: Machine) -> tuple[float, str]:
+    """Bytes/s of the best pass over at least 256 MiB of memory, and the operation that reached it."""
+    size = max(_LEAST_BYTES, 1 << (4 * machine.cache_bytes() - 1).bit_length())
+    return max((moved / _best(call, machine), name) for name, moved, call in machine.readers(size))
+
+
 def measure_roofline(dtypes: Iterable[torch.dtype], machine: Machine) -> Roofline:
     """The best of several matrix products in each dtype, and of passes over at least 256 MiB of memory."""
     flops, how = {}, []
     for dtype in dict.fromkeys(dtypes):
         flops[dtype], name = _product_rate(dtype, machine)
         how.append(f"{flops[dtype] / 1e12:.4g} TFLOP/s ({str(dtype).removeprefix('torch.')} {name})")
-    size = max(_LEAST_BYTES, 1 << (4 * machine.cache_bytes() - 1).bit_length())
-    rates = [(moved / _best(call, machine), name) for name, moved, call in machine.readers(size)]
-    bandwidth, name = max(rates)
+    bandwidth, name = measure_bandwidth(machine)
     return Roofline(flops, bandwidth, ", ".join([*how, f"{bandwidth / 1e9:.4g} GB/s ({name})"]))
