@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tens
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
+from megatron_sharedproj.layers.core_attention import SharedProjectionCoreAttention
 from megatron_sharedproj.layers.kv_cache import alias_tied_cache
 from megatron_sharedproj.variants import get_variant
 
@@ -32,6 +33,8 @@ class SharedProjectionSelfAttention(SelfAttention):
         self.variant = get_variant(variant)
         self.variant.check_groups(config.num_attention_heads, config.num_query_groups)
         super().__init__(config, submodules, layer_number, *args, **kwargs)
+        if isinstance(self.core_attention, SharedProjectionCoreAttention):
+            self.core_attention.tied_kv = self.variant.tied_kv
 
     def get_query_key_value_tensors(
         self,

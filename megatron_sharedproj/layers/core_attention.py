@@ -49,6 +49,7 @@ class SharedProjectionCoreAttention(MegatronModule):
                 )
         if config.context_parallel_size > 1:
             raise ValueError(f"--context-parallel-size {config.context_parallel_size}: not supported; use 1")
+        self.tied_kv = False  # set by the layer: key and value come from one projected tensor
         self.layer_number = layer_number
         self.attn_mask_type = attn_mask_type
         self.scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
@@ -77,6 +78,9 @@ class SharedProjectionCoreAttention(MegatronModule):
         """
         if attention_bias is not None:
             raise ValueError("attention_bias: not supported by projection-sharing attention")
+        if self.tied_kv and value is not key and value.data_ptr() == key.data_ptr():
+            # Megatron made a view of each (packed sequences): they are one tensor still.
+            value = key
         mask_type = attn_mask_type if attn_mask_type is not None else self.attn_mask_type
         if mask_type not in (AttnMaskType.causal, AttnMaskType.no_mask):
             raise ValueError(

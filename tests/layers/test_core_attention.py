@@ -82,6 +82,29 @@ def test_packed_forms_that_are_refused(changes: dict[str, Any], words: str) -> N
         core(query, query, query, None, packed_seq_params=packed(**changes))
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("thd", [False, True])
+def test_a_tied_value_reaches_the_kernel_as_the_key(monkeypatch: Any, variant: str, thd: bool) -> None:
+    from megatron_sharedproj.layers import core_attention
+    from megatron_sharedproj.variants import get_variant
+
+    seen = []
+    name = "attention_packed" if thd else "attention"
+    real = getattr(core_attention, name)
+
+    def record(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **options: Any
+    ) -> Any:
+        seen.append(value is key)
+        return real(query, key, value, *rest, **options)
+
+    monkeypatch.setattr(core_attention, name, record)
+    attention = layer(variant, torch.float32)
+    hidden = torch.randn(15, 1, 32, requires_grad=True)
+    attention(hidden, None, packed_seq_params=packed() if thd else None)[0].sum().backward()
+    assert seen == [get_variant(variant).tied_kv]
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_deterministic_mode_reaches_the_kernel(monkeypatch: Any, deterministic: bool) -> None:
     from megatron_sharedproj.layers import core_attention
