@@ -20,6 +20,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -225,6 +226,10 @@ class BuildExtension(build_ext):
 
 
 if __name__ == "__main__":
+    if int(setuptools.__version__.split(".")[0]) < 77:  # pyproject.toml's license field needs it
+        sys.exit(
+            f"error: setuptools {setuptools.__version__}: 77 or later is needed (pip install -U setuptools)"
+        )
     setup(
         ext_modules=[Extension("megatron_sharedproj._C", [], optional=True)],
         cmdclass={"build_ext": BuildExtension},
