@@ -86,7 +86,7 @@ SHAREDPROJ_INLINE Vector sums(const Vector (&x)[kWidth]) {
 
 // A block of keys or values, and the pieces of the next one to fetch while it is read: elements [fetch_from,
 // fetch_to) of each. A tied block is read twice and fetches half of its successor each time, which keeps the
-// memory busy evenly (30 against 26 GB/s where the machine reads 37).
+// memory busy evenly.
 template <class Input>
 struct RowBlock {
   const Input* rows;

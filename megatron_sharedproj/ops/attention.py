@@ -196,6 +196,8 @@ def attention_packed(
         k = key[k0:k1, None]
         v = k if tied else value[k0:k1, None]
         q = query[q0:q1, None]
-        part = attention(q, k, v, causal=causal, scale=scale, dropout_p=dropout_p)
+        part = attention(
+            q, k, v, causal=causal, scale=scale, dropout_p=dropout_p, deterministic=deterministic
+        )
         outputs.append(part[:, 0])
     return torch.cat(outputs)
