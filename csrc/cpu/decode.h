@@ -15,7 +15,11 @@ namespace sharedproj::cpu::SHAREDPROJ_ISA {
 
 constexpr int64_t kSplitKeys = 512;
 // From this many query rows per group on, lane blocks (which compute kWidth rows at once) are the faster.
-constexpr int kLaneRows = 12;
+constexpr int kLaneRows = 10;
+// Keys read twice should lie in the nearest cache the second time.
+constexpr int64_t kBlockBytes = 32 << 10;
+constexpr int64_t kAheadBytes = 4 << 10;        // how far ahead of the reads memory is fetched
+constexpr int kMostRows = kWidth >= 8 ? 8 : 4;  // query rows of a register tile
 
 template <class Input>
 struct DecodeContext {
@@ -28,6 +32,16 @@ inline int64_t decode_length(const DecodeParams& p, int64_t batch) {
   return p.seqlens_k == nullptr ? p.max_seqlen_k : p.seqlens_k[batch];
 }
 
+// Groups that are read together: all, where their heads lie in one run or fill whole register tiles, else
+// one.
+inline int groups_together(const DecodeParams& p) {
+  const int64_t rows = p.heads / p.groups * p.seqlen_q;
+  int piece = kMostRows;
+  while (rows % piece != 0) piece /= 2;
+  const bool all = p.key_strides.seq == p.groups * p.key_strides.head || p.groups * piece >= kWidth;
+  return static_cast<int>(all ? p.groups : 1);
+}
+
 // First of the keys from `first` on, up to the end of their page.
 template <class Input>
 SHAREDPROJ_INLINE const Input* cache_row(const DecodeParams& p, const void* base, const Strides& strides,
@@ -37,94 +51,133 @@ SHAREDPROJ_INLINE const Input* cache_row(const DecodeParams& p, const void* base
   return row_at(static_cast<const Input*>(base), strides, page, first % p.page_size, group);
 }
 
-// ahead[n]: the piece of the next block to fetch while key n of this one is read. Where the heads of a key
-// lie side by side, the block's pieces are walked in memory order over the visits of its groups; else each
-// visit fetches its own group's. Without a next block: this block's own keys, which costs nothing.
+// Queries of a split's groups, the running states of their rows, and a block's scores and weights.
 template <class Input>
-inline void pieces_ahead(const Input** ahead, const DecodeParams& p, const void* cache,
-                         const Strides& strides, int64_t batch, int64_t first, int64_t end, int64_t group,
-                         const Input* rows, int count) {
-  for (int n = 0; n < count; ++n) ahead[n] = rows + n * strides.seq;
-  if (first >= end) return;
-  const int next = static_cast<int>(end - first < count ? end - first : count);
-  if (strides.head == p.head_size && strides.seq >= p.groups * strides.head) {
-    const Input* row = cache_row<Input>(p, cache, strides, batch, first, 0);
-    int64_t key = group * next / p.groups, head = group * next % p.groups;
-    row += key * strides.seq;
-    for (int n = 0; n < next; ++n) {
-      ahead[n] = row + head * strides.head;
-      if (++head == p.groups) {
-        head = 0;
-        row += strides.seq;
-      }
-    }
-  } else {
-    const Input* row = cache_row<Input>(p, cache, strides, batch, first, group);
-    for (int n = 0; n < next; ++n) ahead[n] = row + n * strides.seq;
+struct RowTask {
+  int rows, groups, lanes;  // query rows of a group, groups read together, vector lanes of all their rows
+  int padded;               // elements of a row, in whole chunks
+  Input* queries;           // [groups + kWidth, rows, padded]: the first groups again behind the last
+  RowStates states;
+  float *scores, *weights;
+
+  static int64_t bytes(const DecodeParams& p, int groups) {
+    const int64_t rows = p.heads / p.groups * p.seqlen_q, all = rows * groups + kWidth,
+                  padded = p.head_size + 32;
+    return all * (16 + 4 * padded + 8 * kKeys) +
+           (groups + kWidth) * rows * padded * static_cast<int64_t>(sizeof(Input)) + 1024;
   }
+
+  static RowTask take(Scratch& scratch, const DecodeParams& p, int groups) {
+    RowTask task;
+    task.rows = static_cast<int>(p.heads / p.groups * p.seqlen_q);
+    task.groups = groups;
+    task.lanes = round_up(task.rows * groups, kWidth);
+    task.padded = round_up(p.head_size, RowReader<Input>::chunk);
+    task.queries = scratch.take<Input>(static_cast<int64_t>(groups + kWidth) * task.rows * task.padded);
+    task.states = {scratch.take<float>(task.lanes), scratch.take<float>(task.lanes),
+                   scratch.take<float>(task.lanes), scratch.take<int32_t>(task.lanes),
+                   scratch.take<float>(static_cast<int64_t>(task.lanes) * task.padded)};
+    task.scores = scratch.take<float>(static_cast<int64_t>(task.lanes) * kKeys + kWidth);
+    task.weights = scratch.take<float>(static_cast<int64_t>(task.lanes) * kKeys);
+    return task;
+  }
+
+  // For groups [first_group, first_group + groups); returns the number of keys that every row sees.
+  int64_t reset(const DecodeParams& p, int64_t batch, int64_t first_group) {
+    const int s = static_cast<int>(p.seqlen_q);
+    const int64_t length = decode_length(p, batch);
+    std::memset(states.out, 0, sizeof(float) * lanes * padded);
+    int64_t least = length;
+    for (int m = 0; m < lanes; ++m) {
+      const int64_t seen = m % s + 1 + length - s;
+      states.maximum[m] = -__builtin_inff();
+      states.sum[m] = 0.0f;
+      states.limit[m] = static_cast<int32_t>(m < rows * groups && seen > 0 ? seen : 0);
+      if (m < rows * groups && seen < least) least = seen;
+    }
+    std::memset(queries, 0, sizeof(Input) * (groups + kWidth) * rows * padded);
+    for (int m = 0; m < (groups + kWidth) * rows; ++m) {
+      const int64_t r = first_group * rows + m % (groups * rows);
+      std::memcpy(queries + static_cast<int64_t>(m) * padded,
+                  row_at(static_cast<const Input*>(p.query), p.query_strides, batch, r % s, r / s),
+                  sizeof(Input) * p.head_size);
+    }
+    return least;
+  }
+};
+
+// Calls body(r, Constant<n>) for n of the rows from r on, until all are done.
+template <int most, class Body>
+SHAREDPROJ_INLINE void in_pieces(int rows, Body body) {
+  int r = 0;
+  if constexpr (most >= 8)
+    for (; r + 8 <= rows; r += 8) body(r, Constant<8>{});
+  for (; r + 4 <= rows; r += 4) body(r, Constant<4>{});
+  for (; r + 2 <= rows; r += 2) body(r, Constant<2>{});
+  if (r < rows) body(r, Constant<1>{});
 }
 
-// A split in which every group has few query rows.
+// A split in which every group has few query rows. Each block's keys are scored in one pass in memory order
+// and are in a near cache when they are weighed; meanwhile a quarter of the next block is fetched.
 template <class Input>
 inline void decode_rows(const DecodeContext<Input>& context, int64_t batch, int64_t begin, int64_t end,
                         float* out, float* lse, Scratch scratch) {
   const DecodeParams& p = *context.params;
-  const int e = p.head_size, heads_per_group = p.heads / p.groups, s = static_cast<int>(p.seqlen_q);
-  const int padded = round_up(e, RowReader<Input>::chunk);
-  const int rows = heads_per_group * s;
-  const int64_t length = decode_length(p, batch), all_rows = static_cast<int64_t>(p.groups) * rows;
-  RowState* states = scratch.take<RowState>(all_rows);
-  const Input** queries = scratch.take<const Input*>(all_rows);
-  float* sums_of = scratch.take<float>(all_rows * padded);
-  std::memset(sums_of, 0, sizeof(float) * all_rows * padded);
-  for (int64_t r = 0; r < all_rows; ++r) {
-    states[r] = {-__builtin_inff(), 0.0f, sums_of + r * padded};
-    queries[r] = row_at(static_cast<const Input*>(p.query), p.query_strides, batch, r % s, r / s);
-  }
-  // Short blocks where each key brings all its heads: the next block then fits the nearest caches.
-  const bool by_key = p.key_strides.head <= p.key_strides.seq;
-  const int step = by_key && p.groups > 1 ? 16 : 32;
-  const auto block = [&](int64_t group, int64_t first) {
-    const int count = static_cast<int>(end - first < step ? end - first : step);
-    const Input *ahead[kKeys], *values_ahead[kKeys];
-    const Input* rows_of = cache_row<Input>(p, p.key, p.key_strides, batch, first, group);
-    pieces_ahead(ahead, p, p.key, p.key_strides, batch, first + step, end, group, rows_of, count);
-    const bool tied = p.value == nullptr;
-    const RowBlock<Input> keys = {rows_of, p.key_strides.seq, ahead, 0, tied ? (e + 1) / 2 : e};
-    RowBlock<Input> values = {rows_of, p.key_strides.seq, ahead, (e + 1) / 2, e};
-    if (!tied) {
-      rows_of = cache_row<Input>(p, p.value, p.value_strides, batch, first, group);
-      pieces_ahead(values_ahead, p, p.value, p.value_strides, batch, first + step, end, group, rows_of,
-                   count);
-      values = {rows_of, p.value_strides.seq, values_ahead, 0, e};
-    }
-    const auto attend_some = [&](int r, auto several) {
-      int limit[several.value];
-      for (int j = 0; j < several.value; ++j) {
-        const int64_t seen = (r + j) % s + 1 + length - s - first;
-        limit[j] = static_cast<int>(seen < 0 ? 0 : seen < count ? seen : count);
+  const int e = p.head_size, together = groups_together(p);
+  RowTask<Input> task = RowTask<Input>::take(scratch, p, together);
+  const auto bytes = [](int64_t elements) { return elements * static_cast<int64_t>(sizeof(Input)); };
+  const int64_t key_bytes = bytes(static_cast<int64_t>(together) * e);
+  int step = kKeys;
+  while (step > 16 && step * key_bytes > kBlockBytes) step /= 2;
+  RowBlock<Input> keys = {nullptr, p.key_strides.seq, p.key_strides.head, together, 0, kAheadBytes, 0};
+  if (!keys.one_run()) keys.ahead = bytes(keys.seq) * (kAheadBytes / key_bytes + 1);
+  for (int64_t group = 0; group < p.groups; group += together) {
+    const int64_t seen_by_all = task.reset(p, batch, group);
+    for (int64_t first = begin; first < end; first += step) {
+      const int count = static_cast<int>(end - first < step ? end - first : step);
+      keys.rows = cache_row<Input>(p, p.key, p.key_strides, batch, first, group);
+      keys.count = count;
+      const Input* values = keys.rows;
+      Strides strides = p.key_strides;
+      if (p.value != nullptr) {
+        strides = p.value_strides;
+        values = cache_row<Input>(p, p.value, strides, batch, first, group);
+        if (strides.seq == keys.seq && strides.head == keys.head) keys.other = bytes(values - keys.rows);
       }
-      const int64_t row = group * rows + r;
-      attend_rows<Input, several.value>(states + row, queries + row, keys, values, count, limit, e,
-                                        p.scale * kLog2e);
-    };
-    int r = 0;
-    for (; r + 4 <= rows; r += 4) attend_some(r, Constant<4>{});
-    for (; r + 2 <= rows; r += 2) attend_some(r, Constant<2>{});
-    if (r < rows) attend_some(r, Constant<1>{});
-  };
-  if (by_key) {
-    for (int64_t first = begin; first < end; first += step)
-      for (int64_t group = 0; group < p.groups; ++group) block(group, first);
-  } else {
-    for (int64_t group = 0; group < p.groups; ++group)
-      for (int64_t first = begin; first < end; first += step) block(group, first);
-  }
-  for (int64_t r = 0; r < all_rows; ++r) {
-    const RowState& state = states[r];
-    const float inverse = state.sum == 0.0f ? 0.0f : 1.0f / state.sum;
-    for (int k = 0; k < e; ++k) out[r * e + k] = state.out[row_position<Input>(k)] * inverse;
-    lse[r] = state.sum == 0.0f ? -__builtin_inff() : state.maximum * kLn2 + __builtin_logf(state.sum);
+      in_pieces<kMostRows>(task.rows, [&](int r, auto several) SHAREDPROJ_INLINED {
+        const auto with = [&](auto chunks) SHAREDPROJ_INLINED {
+          score_rows<Input, several.value, chunks.value>(task.scores + r, task.queries + r * task.padded,
+                                                         task.padded, task.rows, keys, e);
+        };
+        if (task.padded == 2 * RowReader<Input>::chunk)
+          with(Constant<2>{});
+        else if (task.padded == 4 * RowReader<Input>::chunk)
+          with(Constant<4>{});
+        else
+          with(Constant<0>{});
+      });
+      softmax_rows(task.weights, task.scores, task.rows * together, count, first, first + count > seen_by_all,
+                   p.scale * kLog2e, task.states);
+      const char* ahead = reinterpret_cast<const char*>(keys.rows + count * keys.seq);
+      const int64_t ahead_step = bytes(e) / 4;
+      const int64_t ahead_head = keys.one_run() ? count * ahead_step : bytes(keys.head);
+      for (int g = 0; g < together; ++g) {
+        in_pieces<4>(task.rows, [&](int r, auto several) SHAREDPROJ_INLINED {
+          const int row = g * task.rows + r;
+          weigh_rows<Input, several.value>(task.states.out + static_cast<int64_t>(row) * task.padded,
+                                           task.padded, task.states.rescale + row, task.weights + row,
+                                           task.lanes, values + g * strides.head, strides.seq, count, e,
+                                           ahead + g * ahead_head, ahead_step);
+        });
+      }
+    }
+    for (int m = 0; m < task.rows * together; ++m) {
+      const int64_t row = group * task.rows + m;
+      const float sum = task.states.sum[m], inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+      const float* sums = task.states.out + static_cast<int64_t>(m) * task.padded;
+      for (int k = 0; k < e; ++k) out[row * e + k] = sums[row_position<Input>(k)] * inverse;
+      lse[row] = sum == 0.0f ? -__builtin_inff() : task.states.maximum[m] * kLn2 + __builtin_logf(sum);
+    }
   }
 }
 
@@ -288,7 +341,7 @@ inline const char* decode_typed(const DecodeParams& p, Runner run) {
       static_cast<float*>(std::malloc(p.batch * splits * rows * (e + 1) * sizeof(float) + 64));
   if (context.partial_out == nullptr) return "out of memory for the splits' partial results";
   context.partial_lse = context.partial_out + p.batch * splits * rows * e;
-  const int64_t by_rows = rows * (static_cast<int64_t>(sizeof(RowState)) + 8 + 4 * (e + 32)) + 256;
+  const int64_t by_rows = RowTask<Input>::bytes(p, groups_together(p));
   const int64_t blocks = (group_rows + kLanes - 1) / kLanes;
   const int64_t by_lanes =
       blocks * (static_cast<int64_t>(sizeof(LaneBlock)) + 8 * e * kLanes + 16 * kLanes + 512) +

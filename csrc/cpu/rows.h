@@ -84,132 +84,147 @@ SHAREDPROJ_INLINE Vector sums(const Vector (&x)[kWidth]) {
 #endif
 }
 
-// A block of keys or values, and the pieces of the next one to fetch while it is read: elements [fetch_from,
-// fetch_to) of each. A tied block is read twice and fetches half of its successor each time, which keeps the
-// memory busy evenly.
+// A block of `count` keys of `groups` groups, and what to fetch while it is read: the line `ahead` bytes
+// behind each, and the line `other` bytes behind where that is not 0.
 template <class Input>
 struct RowBlock {
   const Input* rows;
-  int64_t stride;
-  const Input* const* ahead;
-  int fetch_from, fetch_to;
+  int64_t seq, head;
+  int groups, count;
+  int64_t ahead, other;
+
+  // Whether all heads of all keys lie at one stride.
+  bool one_run() const { return groups == 1 || seq == groups * head; }
 };
 
-// Running state of one query row over the keys seen so far.
-struct RowState {
-  float maximum, sum;
-  float* out;  // chunk by chunk, in RowReader's order
-};
+SHAREDPROJ_INLINE void fetch(const void* address) { __builtin_prefetch(address, 0, 3); }
 
-// query[r] . keys[n] of kWidth / rows keys, row by row across the lanes.
-template <class Input, int rows>
-SHAREDPROJ_INLINE Vector score_tile(const Input* const* queries, const RowBlock<Input>& keys, int first,
-                                    int e) {
+// Keeps pointers as running ones: the compiler would compute all of a tile's beforehand and spill them.
+#define SHAREDPROJ_STEP(a, b) asm("" : "+r"(a), "+r"(b))
+
+// Scores of kWidth / rows successive keys of `stride`: lane n * rows + r holds query row r of the n-th.
+template <class Input, int rows, int chunks>
+SHAREDPROJ_INLINE Vector score_tile(const Input* query, int64_t query_stride, int64_t group_stride,
+                                    const Input* keys, int64_t stride, int e, int64_t ahead, int64_t other) {
   using Reader = RowReader<Input>;
   constexpr int together = kWidth / rows;
   Vector acc[kWidth];
 #pragma GCC unroll 16
   for (int i = 0; i < kWidth; ++i) acc[i] = zero();
-  for (int k = 0; k < e; k += Reader::chunk) {
-    const auto mask = Reader::mask(e - k);
-    Units q[rows];
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; ++r) q[r] = Reader::read(queries[r] + k, mask);
+  const auto mask = Reader::mask(e % Reader::chunk == 0 ? Reader::chunk : e % Reader::chunk),
+             full = Reader::mask(Reader::chunk);
 #pragma GCC unroll 16
-    for (int n = 0; n < together; ++n) {
-      const Units row = Reader::read(keys.rows + (first + n) * keys.stride + k, mask);
-      if (k >= keys.fetch_from && k < keys.fetch_to) __builtin_prefetch(keys.ahead[first + n] + k, 0, 2);
-#pragma GCC unroll 4
+  for (int n = 0; n < together; ++n) {
+    const auto read = [&](int k, auto mask) SHAREDPROJ_INLINED {
+      const Units units = Reader::read(keys + k, mask);
+      fetch(reinterpret_cast<const char*>(keys + k) + ahead);
+      if (other != 0) fetch(reinterpret_cast<const char*>(keys + k) + other);
+#pragma GCC unroll 8
       for (int r = 0; r < rows; ++r)
-        acc[r * together + n] = dot<Reader::pairs>(acc[r * together + n], row, q[r]);
-    }
+        acc[n * rows + r] =
+            dot<Reader::pairs>(acc[n * rows + r], units, Reader::read(query + r * query_stride + k, mask));
+    };
+#pragma GCC unroll 4
+    for (int k = 0; k < (chunks - 1) * Reader::chunk; k += Reader::chunk) read(k, full);
+    int k = (chunks - 1) * Reader::chunk;
+    if constexpr (chunks == 0)
+      for (k = 0; k + Reader::chunk < e; k += Reader::chunk) read(k, full);
+    read(k, mask);
+    keys += stride;
+    query += group_stride;
+    SHAREDPROJ_STEP(keys, query);
   }
   return sums(acc);
 }
 
-// Tiles of kWidth keys in all -> one vector of scores per row. Whole vectors, since a load that spans several
-// stores has to wait for them.
-template <int rows>
-SHAREDPROJ_INLINE void store_scores(float (*scores)[kKeys], int n, const Vector (&tile)[rows], Vector scale) {
-#if defined(__AVX512F__)
-  if constexpr (rows == 4) {
-    const Vector a = _mm512_shuffle_f32x4(tile[0], tile[1], 0x44),
-                 b = _mm512_shuffle_f32x4(tile[0], tile[1], 0xee);
-    const Vector c = _mm512_shuffle_f32x4(tile[2], tile[3], 0x44),
-                 d = _mm512_shuffle_f32x4(tile[2], tile[3], 0xee);
-    store(scores[0] + n, mul(_mm512_shuffle_f32x4(a, c, 0x88), scale));
-    store(scores[1] + n, mul(_mm512_shuffle_f32x4(a, c, 0xdd), scale));
-    store(scores[2] + n, mul(_mm512_shuffle_f32x4(b, d, 0x88), scale));
-    store(scores[3] + n, mul(_mm512_shuffle_f32x4(b, d, 0xdd), scale));
-    return;
-  } else if constexpr (rows == 2) {
-    store(scores[0] + n, mul(_mm512_shuffle_f32x4(tile[0], tile[1], 0x44), scale));
-    store(scores[1] + n, mul(_mm512_shuffle_f32x4(tile[0], tile[1], 0xee), scale));
-    return;
-  }
-#endif
-  constexpr int together = kWidth / rows;
-  for (int i = 0; i < rows; ++i) {
-    float flat[kWidth];
-    store(flat, mul(tile[i], scale));
-    for (int r = 0; r < rows; ++r)
-      std::memcpy(scores[r] + n + i * together, flat + r * together, sizeof(float) * together);
-  }
-}
-
-// scores[r][n] = scale * query[r] . keys[n], base-2 logits
-template <class Input, int rows>
-inline void score_rows(float (*scores)[kKeys], const Input* const* queries, const RowBlock<Input>& keys,
-                       int count, int e, float scale_log2) {
+template <class Input>
+SHAREDPROJ_INLINE float score(const Input* query, const Input* key, int e) {
   using Reader = RowReader<Input>;
-  constexpr int together = kWidth / rows;
-  int n = 0;
-  for (; n + kWidth <= count; n += kWidth) {
-    Vector tile[rows];
-#pragma GCC unroll 4
-    for (int i = 0; i < rows; ++i) {
-      tile[i] = score_tile<Input, rows>(queries, keys, n + i * together, e);
-    }
-    store_scores<rows>(scores, n, tile, broadcast(scale_log2));
+  Vector acc = zero();
+  for (int k = 0; k < e; k += Reader::chunk) {
+    const auto mask = Reader::mask(e - k);
+    acc = dot<Reader::pairs>(acc, Reader::read(key + k, mask), Reader::read(query + k, mask));
   }
-  for (; n < count; ++n) {
-    for (int r = 0; r < rows; ++r) {
-      Vector acc = zero();
-      for (int k = 0; k < e; k += Reader::chunk) {
-        const auto mask = Reader::mask(e - k);
-        const Units row = Reader::read(keys.rows + n * keys.stride + k, mask);
-        acc = dot<Reader::pairs>(acc, row, Reader::read(queries[r] + k, mask));
-      }
-      scores[r][n] = sum(acc) * scale_log2;
-    }
-  }
+  return sum(acc);
 }
 
-// One row's scores -> weights in place; keys from `limit` on are not seen. Returns the factor for earlier
-// sums.
-inline float softmax_row(float* scores, int count, int limit, RowState& state) {
-  for (int n = limit < 0 ? 0 : limit; n < round_up(count, kWidth); ++n) scores[n] = -__builtin_inff();
-  Vector top = load(scores);
-  for (int n = kWidth; n < count; n += kWidth) top = max(top, load(scores + n));
-  float maximum = greatest(top);
-  maximum = state.maximum > maximum ? state.maximum : maximum;
-  const float base = maximum == -__builtin_inff() ? 0.0f : maximum;
-  const float rescale = state.maximum == base ? 1.0f : first(exp2(broadcast(state.maximum - base)));
-  Vector total = zero();
-  for (int n = 0; n < count; n += kWidth) {
-    const Vector weight = exp2(sub(load(scores + n), broadcast(base)));
-    store(scores + n, weight);
-    total = add(total, weight);
-  }
-  state.maximum = maximum;
-  state.sum = state.sum * rescale + sum(total);
-  return rescale;
-}
-
-// out[r] = rescale[r] * out[r] + sum over n of weights[r][n] values[n], on `chunks` chunks from element k on.
+// scores[(n * groups + g) * all_rows + r] = query[g][r] . keys[n][g] for `rows` of a group's query rows. The
+// keys are read once, in the order in which they lie in memory, line by line: read in any other order, the
+// memory delivers a third less.
 template <class Input, int rows, int chunks>
-SHAREDPROJ_INLINE void weigh_tile(RowState* states, const float* rescale, const float (*weights)[kKeys],
-                                  const RowBlock<Input>& values, int count, int k, int e) {
+inline void score_rows(float* scores, const Input* queries, int64_t query_stride, int all_rows,
+                       const RowBlock<Input>& keys, int e) {
+  constexpr int together = kWidth / rows;
+  const bool one_run = keys.one_run();
+  const int64_t stride = keys.groups == 1 ? keys.seq : keys.head, group_stride = all_rows * query_stride;
+  const int run = one_run ? keys.count * keys.groups : keys.groups;
+  for (int key = 0; key < (one_run ? 1 : keys.count); ++key) {
+    const Input* first = keys.rows + key * keys.seq;
+    float* out = scores + static_cast<int64_t>(key) * keys.groups * all_rows;
+    if (run < together) {
+      for (int n = 0; n < run; ++n)
+        for (int r = 0; r < rows; ++r)
+          out[n * all_rows + r] =
+              score(queries + n % keys.groups * group_stride + r * query_stride, first + n * stride, e);
+      continue;
+    }
+    for (int next = 0; next < run; next += together) {
+      const int n = next + together <= run ? next : run - together;  // the last tile may overlap
+      const Vector tile = score_tile<Input, rows, chunks>(queries + n % keys.groups * group_stride,
+                                                          query_stride, group_stride, first + n * stride,
+                                                          stride, e, keys.ahead, keys.other);
+      if (rows == all_rows) {
+        store(out + n * rows, tile);
+      } else {
+        float flat[kWidth];
+        store(flat, tile);
+        for (int m = 0; m < together; ++m)
+          std::memcpy(out + (n + m) * all_rows, flat + m * rows, sizeof(float) * rows);
+      }
+    }
+  }
+}
+
+// Running states of query rows over the keys seen so far, lane by lane.
+struct RowStates {
+  float *maximum, *sum, *rescale;
+  int32_t* limit;  // keys that the row sees
+  float* out;      // [rows, padded e], chunk by chunk, in RowReader's order
+};
+
+// Scores [count, rows] -> weights [count, lanes], and the factors for the earlier sums. Keys from a row's
+// limit on are not seen.
+inline void softmax_rows(float* weights, const float* scores, int rows, int count, int64_t first, bool masked,
+                         float scale_log2, const RowStates& states) {
+  const int lanes = round_up(rows, kWidth);
+  const Vector scale = broadcast(scale_log2), hidden = broadcast(-__builtin_inff());
+  for (int m = 0; m < lanes; m += kWidth) {
+    const auto logit = [&](int n) SHAREDPROJ_INLINED {
+      const Vector x = mul(load(scores + n * rows + m), scale);
+      return masked ? where_below(states.limit + m, static_cast<int32_t>(first + n), x, hidden) : x;
+    };
+    const Vector before = load(states.maximum + m);
+    Vector top = before;
+    for (int n = 0; n < count; ++n) top = max(top, logit(n));
+    const Vector base = where_finite(top, zero());
+    const Vector rescale = exp2(sub(before, base));
+    Vector total = zero();  // of this block: a sum over all keys, one by one, loses digits
+    for (int n = 0; n < count; ++n) {
+      const Vector weight = exp2(sub(logit(n), base));
+      total = add(total, weight);
+      store(weights + n * lanes + m, weight);
+    }
+    store(states.maximum + m, top);
+    store(states.sum + m, fma(load(states.sum + m), rescale, total));
+    store(states.rescale + m, rescale);
+  }
+}
+
+// out[r] = rescale[r] * out[r] + sum over n of weights[n][r] values[n], on `chunks` chunks from element k on.
+template <class Input, int rows, int chunks>
+SHAREDPROJ_INLINE void weigh_tile(float* out, int64_t out_stride, const float* rescale, const float* weights,
+                                  int lanes, const Input* values, int64_t stride, int count, int k, int e,
+                                  const char* ahead, int64_t ahead_step) {
   using Reader = RowReader<Input>;
   constexpr int vectors = Reader::vectors;
   Vector acc[rows][chunks * vectors];
@@ -217,18 +232,17 @@ SHAREDPROJ_INLINE void weigh_tile(RowState* states, const float* rescale, const 
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 16
     for (int j = 0; j < chunks * vectors; ++j)
-      acc[r][j] = mul(load(states[r].out + k + j * kWidth), broadcast(rescale[r]));
+      acc[r][j] = mul(load(out + r * out_stride + k + j * kWidth), broadcast(rescale[r]));
   const auto mask = Reader::mask(e - k - (chunks - 1) * Reader::chunk), full = Reader::mask(Reader::chunk);
   for (int n = 0; n < count; ++n) {
-    const Input* row = values.rows + n * values.stride + k;
+    const Input* row = values + n * stride + k;
+    fetch(ahead + n * ahead_step);
     Vector weight[rows];
 #pragma GCC unroll 4
-    for (int r = 0; r < rows; ++r) weight[r] = broadcast(weights[r][n]);
+    for (int r = 0; r < rows; ++r) weight[r] = broadcast(weights[n * lanes + r]);
 #pragma GCC unroll 8
     for (int j = 0; j < chunks; ++j) {
       const Units units = Reader::read(row + j * Reader::chunk, j + 1 < chunks ? full : mask);
-      const int at = k + j * Reader::chunk;
-      if (at >= values.fetch_from && at < values.fetch_to) __builtin_prefetch(values.ahead[n] + at, 0, 2);
 #pragma GCC unroll 4
       for (int r = 0; r < rows; ++r) Reader::weigh(acc[r] + j * vectors, weight[r], units);
     }
@@ -236,54 +250,46 @@ SHAREDPROJ_INLINE void weigh_tile(RowState* states, const float* rescale, const 
 #pragma GCC unroll 4
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 16
-    for (int j = 0; j < chunks * vectors; ++j) store(states[r].out + k + j * kWidth, acc[r][j]);
+    for (int j = 0; j < chunks * vectors; ++j) store(out + r * out_stride + k + j * kWidth, acc[r][j]);
 }
 
+// One group's values for `rows` of its query rows. With each key, the line at `ahead` is fetched,
+// `ahead_step` bytes further each time.
 template <class Input, int rows>
-inline void weigh_rows(RowState* states, const float* rescale, const float (*weights)[kKeys],
-                       const RowBlock<Input>& values, int count, int e) {
+inline void weigh_rows(float* out, int64_t out_stride, const float* rescale, const float* weights, int lanes,
+                       const Input* values, int64_t stride, int count, int e, const char* ahead,
+                       int64_t ahead_step) {
   using Reader = RowReader<Input>;
   constexpr int accumulators = kWidth == 16 ? 16 : 8;
   constexpr int most = accumulators / (rows * Reader::vectors);
   int k = 0;
   while (k < e) {
     const int left = (e - k + Reader::chunk - 1) / Reader::chunk;
+    const auto tile = [&](auto chunks) SHAREDPROJ_INLINED {
+      weigh_tile<Input, rows, chunks.value>(out, out_stride, rescale, weights, lanes, values, stride, count,
+                                            k, e, ahead, ahead_step);
+      k += chunks.value * Reader::chunk;
+    };
     if constexpr (most >= 8) {
       if (left >= 8) {
-        weigh_tile<Input, rows, 8>(states, rescale, weights, values, count, k, e);
-        k += 8 * Reader::chunk;
+        tile(Constant<8>{});
         continue;
       }
     }
     if constexpr (most >= 4) {
       if (left >= 4) {
-        weigh_tile<Input, rows, 4>(states, rescale, weights, values, count, k, e);
-        k += 4 * Reader::chunk;
+        tile(Constant<4>{});
         continue;
       }
     }
-    if (left >= 2) {
-      weigh_tile<Input, rows, 2>(states, rescale, weights, values, count, k, e);
-      k += 2 * Reader::chunk;
-    } else {
-      weigh_tile<Input, rows, 1>(states, rescale, weights, values, count, k, e);
-      k += Reader::chunk;
-    }
+    if (left >= 2)
+      tile(Constant<2>{});
+    else
+      tile(Constant<1>{});
   }
 }
 
-// One block of keys for `rows` query rows; limit[r] keys of it are seen by row r.
-template <class Input, int rows>
-inline void attend_rows(RowState* states, const Input* const* queries, const RowBlock<Input>& keys,
-                        const RowBlock<Input>& values, int count, const int* limit, int e, float scale_log2) {
-  alignas(64) float scores[rows][kKeys];
-  float rescale[rows];
-  score_rows<Input, rows>(scores, queries, keys, count, e, scale_log2);
-  for (int r = 0; r < rows; ++r) rescale[r] = softmax_row(scores[r], count, limit[r], states[r]);
-  weigh_rows<Input, rows>(states, rescale, scores, values, count, e);
-}
-
-// Where element k of a row lies in RowState::out.
+// Where element k of a row lies in RowStates::out.
 template <class Input>
 SHAREDPROJ_INLINE int row_position(int k) {
   using Reader = RowReader<Input>;

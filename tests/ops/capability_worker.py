@@ -234,7 +234,7 @@ WORKER_CASES = [
         (1, 65, 3, 1, 256, False),
     )
 ]  # fmt: skip
-# lengths, s, h, g, e: groups of fewer than 12 query rows, which are read one by one, and of more
+# lengths, s, h, g, e: groups of fewer than 10 query rows, which are read one by one, and of more
 WORKER_DECODES = [
     ([0, 1, 64, 513], 1, 4, 2, 64), ([65, 130], 5, 8, 2, 80),
     ([2, 513], 2, 40, 1, 24), ([63, 200], 1, 3, 3, 256),

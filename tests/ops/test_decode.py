@@ -31,8 +31,8 @@ from megatron_sharedproj.ops.reference import attention_reference, decode_refere
 needs_kernel = pytest.mark.skipif(extension.MISSING != "", reason=extension.MISSING)
 BOTH_DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 LENGTHS = [513, 0, 1, 63, 64, 65, 200]
-# (h, g): a group's query rows are h / g * s; fewer than 12 and 12 or more are computed differently.
-HEADS = [(3, 3), (4, 2), (8, 2), (3, 1), (40, 1), (22, 2)]
+# (h, g): a group's query rows are h / g * s; fewer than 10 and 10 or more are computed differently.
+HEADS = [(3, 3), (4, 2), (8, 2), (14, 2), (20, 20), (40, 1), (22, 2)]
 HEAD_SIZES = [8, 16, 24, 40, 48, 64, 80, 128, 200, 256]
 
 
@@ -128,10 +128,10 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @needs_kernel
 @BOTH_DTYPES
-@pytest.mark.parametrize("h, s", [(4, 1), (4, 3), (24, 1)])
+@pytest.mark.parametrize("h, g, s", [(4, 2, 1), (4, 2, 3), (24, 2, 1), (20, 20, 1), (40, 10, 1)])
 @pytest.mark.parametrize("shift", range(len(LAYOUTS)), ids=LAYOUTS)
-def test_every_tensor_in_another_layout(shift: int, h: int, s: int, dtype: torch.dtype) -> None:
-    query, key, value, lengths = decode_inputs([200, 65, 0], s, 200, h, 2, 40, dtype)
+def test_every_tensor_in_another_layout(shift: int, h: int, g: int, s: int, dtype: torch.dtype) -> None:
+    query, key, value, lengths = decode_inputs([200, 65, 0], s, 200, h, g, 40, dtype)
     options = {"scale": 0.2, "seqlens_k": lengths, "num_splits": 2}
     in_key, in_value, in_query = ([*LAYOUTS.values()] * 2)[shift : shift + 3]
     assert in_key(key).stride() != key.stride() or in_key(key).data_ptr() % 16
