@@ -15,7 +15,7 @@ except ModuleNotFoundError:  # a bare clone
 from megatron_sharedproj import distributed
 from megatron_sharedproj.command_line import Parser, run_distributed
 from megatron_sharedproj.config import write_json
-from megatron_sharedproj.data.indexed import validate_indexed
+from megatron_sharedproj.data.inspection import validate_indexed
 from megatron_sharedproj.inference.loading import add_loading_args, load_model
 
 EXAMPLE = """example:

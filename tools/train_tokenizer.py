@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def documents(paths: list[Path], text_key: str, limit: int | None) -> Iterator[str]:
     """Texts of the files, the first `limit` of them. Raises SourceError at a bad record."""
-    from megatron_sharedproj.data.sources import read_documents
+    from megatron_sharedproj.data.readers import read_documents
 
     count = 0
     for path in paths:
@@ -53,7 +53,8 @@ def documents(paths: list[Path], text_key: str, limit: int | None) -> Iterator[s
 
 def run(args: argparse.Namespace) -> str | None:
     """Train; returns the error line of a mistake in the flags or input, or None."""
-    from megatron_sharedproj.data.sources import SourceError, discover
+    from megatron_sharedproj.data.records import SourceError
+    from megatron_sharedproj.data.sources import discover
     from megatron_sharedproj.data.tokenizers import train_bpe
 
     if args.vocab_size < 257:

@@ -1,14 +1,16 @@
-"""Token files in Megatron-Core's .bin/.idx format: bulk writing, and checks before training.
+"""Token files in Megatron-Core's .bin/.idx format: bulk writing.
 
 The bytes are those of Megatron-LM's tools/preprocess_data.py: one sequence per document. Megatron-Core's
 IndexedDatasetBuilder takes one document at a time, holds Python lists (about 80 bytes a document) and needs
-seconds to import; this writer takes flat arrays and holds 4 bytes a document. A test compares their bytes.
+seconds to import; this writer takes flat arrays and holds none of them. A test compares their bytes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import struct
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -20,7 +22,9 @@ _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
 # The two dtype codes of a token file.
 _DTYPES: dict[int, np.dtype[Any]] = {4: np.dtype(np.int32), 8: np.dtype(np.uint16)}
-_SCAN_TOKENS = 1 << 24
+_INDEX_DOCUMENTS = 1 << 20
+_LENGTHS = ".lengths"
+_NOTHING = np.empty(0, np.int32)
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -32,21 +36,46 @@ class IndexedWriter:
     """Write `<prefix>.bin/.idx`; nothing is left under those names unless `publish` is reached.
 
     Used as a context manager: `add` documents, `close`, then `publish`. Leaving the context earlier, by an
-    exception or not, removes the temporary files, which stand beside the target so that a rename is enough.
+    exception or not, removes the temporary files, which stand beside the target so that a rename is enough;
+    unless a `folder` is given for them: then they stay, and a later writer can `resume` them.
+
+    Attributes:
+        documents, tokens: added so far.
+        checksums: sha256 in hex of ".bin" and ".idx", once closed.
     """
 
-    def __init__(self, prefix: str | Path, vocab_size: int) -> None:
+    def __init__(self, prefix: str | Path, vocab_size: int, folder: Path | None = None) -> None:
         self.prefix = str(prefix)
         self.vocab_size = vocab_size
         self.dtype = token_dtype(vocab_size)
         self.documents = 0
         self.tokens = 0
-        self._lengths: list[NDArray[np.int32]] = []
+        self.checksums: dict[str, str] = {}
+        self._folder = folder
+        self._digest = hashlib.sha256()
         self._extra: list[str] = []
-        self._bin: IO[bytes] | None = None
+        self._streams: list[IO[bytes]] = []  # tokens, and the length of each document as int32
 
     def __enter__(self) -> IndexedWriter:
-        self._bin = open(self._temporary(".bin"), "wb")
+        self._streams = [open(self._temporary(suffix), "wb") for suffix in (".bin", _LENGTHS)]
+        return self
+
+    def resume(self, documents: int, tokens: int) -> IndexedWriter:
+        """Go on behind the first `documents` documents of an earlier writer in the same folder.
+
+        Raises ValueError if that writer's files hold less.
+        """
+        for suffix, size in ((".bin", tokens * self.dtype.itemsize), (_LENGTHS, documents * 4)):
+            path = self._temporary(suffix)
+            if not os.path.isfile(path) or os.path.getsize(path) < size:
+                raise ValueError(f"{path}: shorter than the {size} bytes that were written to it")
+            stream = open(path, "r+b")  # noqa: SIM115  closed by __exit__
+            stream.truncate(size)
+            self._streams.append(stream)
+        while data := self._streams[0].read(1 << 22):
+            self._digest.update(data)
+        self._streams[1].seek(0, os.SEEK_END)
+        self.documents, self.tokens = documents, tokens
         return self
 
     def add(self, tokens: NDArray[Any], lengths: NDArray[np.int32]) -> None:
@@ -54,38 +83,61 @@ class IndexedWriter:
 
         Raises ValueError if the two disagree or an id is outside the vocabulary.
         """
-        assert self._bin is not None, "IndexedWriter is used as a context manager"
+        assert self._streams, "IndexedWriter is used as a context manager"
         if int(lengths.sum(dtype=np.int64)) != tokens.size or (lengths.size and int(lengths.min()) < 1):
             raise ValueError(f"document lengths do not add up to {tokens.size} tokens")
         if tokens.size and not (0 <= int(tokens.min()) and int(tokens.max()) < self.vocab_size):
             raise ValueError(f"token id {int(tokens.max())} is outside the vocabulary of {self.vocab_size}")
-        self._bin.write(np.ascontiguousarray(tokens, dtype=self.dtype).data)
-        if lengths.size:
-            self._lengths.append(np.ascontiguousarray(lengths, dtype=np.int32))
+        data = np.ascontiguousarray(tokens, dtype=self.dtype).data
+        self._streams[0].write(data)
+        self._digest.update(data)
+        self._streams[1].write(np.ascontiguousarray(lengths, dtype=np.int32).data)
         self.documents += lengths.size
         self.tokens += tokens.size
 
+    def sync(self) -> None:
+        """Bring what was added to the disk, so that `resume` finds it even after a power cut."""
+        for stream in self._streams:
+            if not stream.closed:
+                stream.flush()
+                os.fsync(stream.fileno())
+
     def close(self) -> None:
         """Write the index and flush both files to disk, still under temporary names."""
-        assert self._bin is not None, "IndexedWriter is used as a context manager"
-        self._bin.flush()
-        os.fsync(self._bin.fileno())
-        self._bin.close()
+        assert self._streams, "IndexedWriter is used as a context manager"
+        self.sync()
+        for stream in self._streams:
+            stream.close()
+        self.checksums = {".bin": self._digest.hexdigest(), ".idx": self._write_index()}
+        os.unlink(self._temporary(_LENGTHS))
+
+    def _write_index(self) -> str:
+        digest = hashlib.sha256()
+        lengths = np.memmap(self._temporary(_LENGTHS), np.int32, "r") if self.documents else _NOTHING
         with open(self._temporary(".idx"), "wb") as idx:
+
+            def write(data: Any) -> None:
+                idx.write(data)
+                digest.update(data)
+
             code = next(code for code, dtype in _DTYPES.items() if dtype == self.dtype)
-            idx.write(_HEADER.pack(_MAGIC, 1, code, self.documents, self.documents + 1))
-            idx.writelines(lengths.data for lengths in self._lengths)
+            write(_HEADER.pack(_MAGIC, 1, code, self.documents, self.documents + 1))
+            starts = range(0, self.documents, _INDEX_DOCUMENTS)
+            for start in starts:
+                write(lengths[start : start + _INDEX_DOCUMENTS].data)
             end = 0
-            for lengths in self._lengths:  # the byte offset of each document
-                ends = end + np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
-                idx.write((ends - lengths.astype(np.int64) * self.dtype.itemsize).data)
+            for start in starts:  # the byte offset of each document
+                sizes = lengths[start : start + _INDEX_DOCUMENTS].astype(np.int64) * self.dtype.itemsize
+                ends = end + np.cumsum(sizes)
+                write((ends - sizes).data)
                 end = int(ends[-1])
-            for start in range(0, self.documents + 1, _SCAN_TOKENS):  # document i is sequence i
-                idx.write(
-                    np.arange(start, min(start + _SCAN_TOKENS, self.documents + 1), dtype=np.int64).data
+            for start in range(0, self.documents + 1, _INDEX_DOCUMENTS):  # document i is sequence i
+                write(
+                    np.arange(start, min(start + _INDEX_DOCUMENTS, self.documents + 1), dtype=np.int64).data
                 )
             idx.flush()
             os.fsync(idx.fileno())
+        return digest.hexdigest()
 
     def write_extra(self, suffix: str, text: str) -> None:
         """Write a text file (a manifest) that is published with the pair as `<prefix><suffix>`."""
@@ -101,68 +153,14 @@ class IndexedWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bin is not None:
-            self._bin.close()
-        for suffix in (".bin", *self._extra, ".idx"):
-            Path(self._temporary(suffix)).unlink(missing_ok=True)
+        for stream in self._streams:
+            with suppress(OSError):  # of a full disk, which was told already
+                stream.close()
+        if self._folder is None:
+            for suffix in (".bin", _LENGTHS, *self._extra, ".idx"):
+                Path(self._temporary(suffix)).unlink(missing_ok=True)
 
     def _temporary(self, suffix: str) -> str:
+        if self._folder is not None:
+            return str(self._folder / (Path(self.prefix).name + suffix))
         return f"{self.prefix}{suffix}.{os.getpid()}.tmp"
-
-
-def validate_indexed(prefix: str | Path, vocab_size: int, max_tokens: int | None = None) -> tuple[int, int]:
-    """Check a token file before training; returns (documents, tokens).
-
-    Both files exist, the index is sound and agrees with the size of the .bin, and every id (of the first
-    `max_tokens`, if given) is below `vocab_size`. Raises ValueError with a one-line remedy. Reads the .bin
-    once, in chunks; imports no Megatron, whose reader reports the same faults as bare assertions.
-    """
-    idx, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
-    for path in (idx, data):
-        if not path.is_file():
-            raise ValueError(f"no such file: {path}; give the prefix (no .bin/.idx), or run the preprocessor")
-    remedy = "preprocess the data again"
-    with open(idx, "rb") as stream:
-        header = stream.read(_HEADER.size)
-    if len(header) < _HEADER.size or not header.startswith(_MAGIC):
-        raise ValueError(f"{idx} is not a Megatron-Core index; {remedy}")
-    _, version, code, sequences, boundaries = _HEADER.unpack(header)
-    if version != 1 or code not in _DTYPES:
-        raise ValueError(f"{idx} has version {version} and dtype code {code}, not token ids; {remedy}")
-    expected = _HEADER.size + sequences * 12 + boundaries * 8
-    if idx.stat().st_size != expected:
-        raise ValueError(f"{idx} is {idx.stat().st_size} bytes, not the {expected} of its header; {remedy}")
-    if sequences == 0 or boundaries == 0:
-        raise ValueError(f"{prefix} holds no documents; {remedy}")
-    dtype = _DTYPES[code]
-    index = np.memmap(idx, mode="r", dtype=np.uint8)
-    lengths = index[_HEADER.size :][: sequences * 4].view(np.int32)
-    pointers = index[_HEADER.size + sequences * 4 :][: sequences * 8].view(np.int64)
-    documents = index[_HEADER.size + sequences * 12 :].view(np.int64)
-    tokens = int(lengths.sum(dtype=np.int64))
-    if (
-        int(documents[-1]) != sequences
-        or int(lengths.min()) < 0
-        or int(pointers[0]) != 0
-        or int(pointers[-1]) + int(lengths[-1]) * dtype.itemsize != tokens * dtype.itemsize
-    ):
-        raise ValueError(f"{idx} contradicts itself; {remedy}")
-    if data.stat().st_size != tokens * dtype.itemsize:
-        raise ValueError(
-            f"{data} is {data.stat().st_size} bytes, but its index says {tokens * dtype.itemsize}"
-            f" ({tokens} {dtype.name} tokens): truncated copy? Copy it again, or {remedy}"
-        )
-    _check_ids(data, dtype, min(tokens, max_tokens) if max_tokens is not None else tokens, vocab_size)
-    return boundaries - 1, tokens
-
-
-def _check_ids(data: Path, dtype: np.dtype[Any], count: int, vocab_size: int) -> None:
-    with open(data, "rb") as stream:
-        for start in range(0, count, _SCAN_TOKENS):
-            ids = np.fromfile(stream, dtype=dtype, count=min(_SCAN_TOKENS, count - start))
-            low, high = int(ids.min()), int(ids.max())
-            if low < 0 or high >= vocab_size:
-                raise ValueError(
-                    f"{data} holds token id {high if high >= vocab_size else low}, outside the vocabulary of"
-                    f" {vocab_size}; train with the tokenizer that made it, or preprocess with this one"
-                )

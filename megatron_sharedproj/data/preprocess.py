@@ -1,306 +1,251 @@
-"""The preprocessing pipeline: documents -> token ids -> <prefix>.bin/.idx and a manifest <prefix>.json.
+"""The pipeline: files -> units -> parts (workers) -> token files and manifests (this process).
 
-One reader (this process) decompresses and cuts files into blocks of about 1 MB; workers parse and tokenize
-blocks; results are written in the order of the blocks. So the bytes do not depend on the number of workers,
-one huge file is shared by all of them, and memory is bounded by the few blocks under way.
+Parts are appended in the order of the input, whoever made them, so the bytes do not depend on the number of
+workers or on how often a run was interrupted. Memory holds a unit per worker, whatever the size of a file.
 """
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-import os
-import signal
-import threading
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from itertools import accumulate, chain
-from multiprocessing import resource_tracker
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-import megatron_sharedproj
-from megatron_sharedproj.data.indexed import IndexedWriter, token_dtype
-from megatron_sharedproj.data.progress import Counts, Progress, SplitSummary
-from megatron_sharedproj.data.sources import BadRecord, Block, SourceError, parse_block, read_blocks
+from megatron_sharedproj.data.assembly import Assembly
+from megatron_sharedproj.data.corpus import Corpus, PreprocessOptions, check_new
+from megatron_sharedproj.data.encode import EncodeOptions, UnitEncoder
+from megatron_sharedproj.data.engines import Engine, Verifier, choose_engine
+from megatron_sharedproj.data.journal import Journal
+from megatron_sharedproj.data.manifest import Counts
+from megatron_sharedproj.data.outputs import output_prefix_of
+from megatron_sharedproj.data.pool import WorkerPool, start_method
+from megatron_sharedproj.data.progress import Progress
+from megatron_sharedproj.data.publish import Summary, publish
+from megatron_sharedproj.data.readers import Input, sha256_of
+from megatron_sharedproj.data.schedule import HASH, Schedule, Task
 from megatron_sharedproj.data.tokenizers import Tokenizer, build_tokenizer
 
-OUTPUT_SUFFIXES = (".bin", ".idx", ".json")
-
-
-@dataclass(frozen=True)
-class PreprocessOptions:
-    """How to run; `tokenizer` holds build_tokenizer's arguments, so that each worker builds its own."""
-
-    tokenizer: Mapping[str, Any]
-    text_key: str = "text"
-    append_eod: bool = True
-    workers: int = 1
-    on_error: str = "stop"
-    max_reported_errors: int = 20
-    overwrite: bool = False
-    log_interval: float = 10.0
-
-
-@dataclass
-class _EncodedBlock:
-    tokens: NDArray[Any]
-    lengths: NDArray[np.int32]
-    sources: dict[str, Counts]
-    bad: list[BadRecord]
-    position: int
-
-
-def output_prefix_of(output_prefix: str, split: str, text_key: str) -> str:
-    """`PREFIX_<split>_<key>_document`, or `PREFIX_<key>_document` for input without splits."""
-    return "_".join(part for part in (output_prefix, split, text_key, "document") if part)
-
-
-def check_new(prefixes: Iterable[str]) -> None:
-    """Raises FileExistsError naming the first output file that is there already."""
-    for path in (prefix + suffix for prefix in prefixes for suffix in OUTPUT_SUFFIXES):
-        if os.path.exists(path):
-            raise FileExistsError(f"{path} exists")
+_SAVE_SECONDS = 10.0
+_ATTEMPTS = 3
+_RECYCLE_BYTES = 2 << 30  # text after which a worker is replaced: tokenizers keep caches
 
 
 def preprocess(
-    files: Mapping[str, list[Path]], output_prefix: str, options: PreprocessOptions
-) -> list[SplitSummary]:
-    """Tokenize the files of each split (see sources.discover) into one token file per split.
+    files: Mapping[str, Sequence[Input]],
+    output_prefix: str,
+    options: PreprocessOptions,
+    prepared: tuple[Tokenizer, Engine] | None = None,
+) -> list[Summary]:
+    """Tokenize the files of each split (see sources.discover) into token files.
 
-    All splits are published together at the end: an error or Ctrl-C leaves no output. Small splits go first,
-    so that a problem they have in common shows early.
+    They are published together at the end. An interrupted run leaves `PREFIX_<key>.unfinished`, and the same
+    call goes on from there. Small splits go first, so that a problem that they have in common shows early.
+
+    Args:
+        prepared: the tokenizer and engine of `options`, where they have been built already.
 
     Raises SourceError for unreadable input, for a bad record when on_error is "stop" and for a split without
-    documents; FileExistsError for existing output; ValueError for a tokenizer that cannot be built.
+    documents; FileExistsError for existing output; ValueError for a tokenizer or engine that cannot be built,
+    ids that differ from HF tokenizers' and an unfinished run with other settings; RuntimeError if workers
+    keep dying; OSError where the disk is full.
     """
     if options.on_error not in ("stop", "skip"):
         raise ValueError(f"on_error {options.on_error!r} is not one of stop, skip")
-    prefixes = {split: output_prefix_of(output_prefix, split, options.text_key) for split in files}
-    if not options.overwrite:
-        check_new(prefixes.values())
-    tokenizer = build_tokenizer(**options.tokenizer)
-    sizes = {path: _size(path) for paths in files.values() for path in paths}
+    if not options.overwrite and not options.by_source and options.shard_bytes is None:
+        check_new(output_prefix_of(output_prefix, split, options.text_key) for split in files)
+    if prepared is None:
+        tokenizer = build_tokenizer(**options.tokenizer)
+        prepared = tokenizer, choose_engine(tokenizer, options.engine, options.parse_special_tokens)
+    tokenizer, engine = prepared
     Path(output_prefix).parent.mkdir(parents=True, exist_ok=True)
-    by_size = sorted(files, key=lambda split: sum(sizes[path] for path in files[split]))
-    order = [(split, path) for split in by_size for path in files[split]]
-    summaries = {split: SplitSummary(split, prefixes[split]) for split in by_size}
-    progress = Progress(sum(sizes.values()), options.log_interval)
+    corpus = Corpus(files)
+    folder = Path(f"{output_prefix}_{options.text_key}.unfinished")
     with ExitStack() as stack:
-        writers = {
-            split: stack.enter_context(IndexedWriter(prefixes[split], tokenizer.vocab_size))
-            for split in by_size
+        settings = corpus.settings(options, tokenizer)
+        journal = stack.enter_context(Journal(folder, settings, discard=options.overwrite))
+        assembly = Assembly(corpus, output_prefix, tokenizer, options, journal)
+        stack.callback(assembly.leave)
+        if journal.state is not None:
+            assembly.restore(journal.state)
+        if journal.state is None or journal.state["phase"] != "publishing":
+            _Run(corpus, assembly, tokenizer, engine, options, journal).run()
+        return publish(corpus, assembly, journal, output_prefix, tokenizer, engine.name, options)
+
+
+class _Run:
+    """Workers and their tasks, until every part is appended."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        assembly: Assembly,
+        tokenizer: Tokenizer,
+        engine: Engine,
+        options: PreprocessOptions,
+        journal: Journal,
+    ) -> None:
+        self._corpus, self._assembly, self._journal = corpus, assembly, journal
+        self._tokenizer, self._engine, self._options = tokenizer, engine, options
+        self._counts = Counts()  # of this run
+
+    def run(self) -> None:
+        assembly, total = self._assembly, float(sum(self._corpus.sizes))
+        resumed = self._journal.state is not None
+        assembly.find_parts()
+        self._progress = assembly.progress = Progress(total, self._options.log_interval, assembly.done_bytes)
+        if resumed:
+            share = 100 * assembly.done_bytes / max(1.0, total)
+            self._progress.message(f"resuming {self._journal.folder}: {share:.1f} % of the input is done")
+        try:
+            assembly.save("encoding")
+            self._encode()
+            assembly.close()
+            assembly.save("publishing")
+        except BaseException:
+            assembly.leave_unfinished()
+            raise
+
+    def _encode(self) -> None:
+        options = self._options
+        per_unit = -(
+            -options.verify // max(1, sum(-(-size // options.unit_bytes) for size in self._corpus.sizes))
+        )
+        encode_options = EncodeOptions(
+            options.text_key,
+            options.append_eod,
+            options.by_source,
+            options.exclude_sources,
+            options.unit_bytes,
+            per_unit,
+        )
+        schedule = Schedule(self._corpus.inputs, self._corpus.sizes, options.unit_bytes)
+        for file in range(self._assembly.file):
+            schedule.drop([file])
+        for unit in range(self._assembly.unit):
+            schedule.finished(Task(self._assembly.file, unit), False)
+        for task, part in self._assembly.known.items():
+            schedule.finished(task, part.ended)
+        # A forked worker takes both from this process, any other one builds its own.
+        prepared = (self._tokenizer, self._engine) if start_method() == "fork" else None
+        worker = (
+            self._corpus.inputs,
+            prepared,
+            replace(options, engine=self._engine.name),
+            encode_options,
+            self._journal.folder,
+        )
+        last: dict[int, int] = {}
+        running: dict[int, Counts] = {}
+        running_bytes: dict[int, float] = {}
+        seen: Counter[int] = Counter()
+        attempts: Counter[Task] = Counter()
+        saved = time.monotonic()
+        self._assembly.append_known(schedule)
+        with WorkerPool(options.workers, _make_encoder, worker) as pool:
+            while self._assembly.file < len(self._corpus.inputs) or self._hash_tasks():
+                for number in pool.idle():
+                    if seen[number] > _RECYCLE_BYTES:
+                        pool.restart(number)
+                        seen[number], last = 0, {n: f for n, f in last.items() if n != number}
+                    active = {last[n] for n in last if n not in pool.idle()}
+                    chosen = schedule.next(last.get(number)) or schedule.leftover(active)
+                    if (chosen := chosen or self._next_hash(running)) is not None:
+                        last[number] = chosen.file
+                        running[number], running_bytes[number] = Counts(), 0.0
+                        pool.give(number, chosen)
+                for event in pool.wait(0.2):
+                    number, task = event.worker, event.task
+                    if event.kind == "progress":
+                        documents, text_bytes, tokens, position = event.value
+                        running[number].add(Counts(documents, text_bytes, tokens))
+                        running_bytes[number] += position
+                    elif event.kind == "error":
+                        raise event.value
+                    elif event.kind == "died":
+                        running.pop(number, None)
+                        running_bytes.pop(number, None)
+                        self._again(event.value, task, attempts, schedule)
+                    elif task.unit == HASH:
+                        self._assembly.hashes[task.file] = event.value
+                        running.pop(number)
+                        running_bytes.pop(number)
+                    else:
+                        counts = running.pop(number)
+                        running_bytes.pop(number)
+                        seen[number] += counts.text_bytes
+                        self._counts.add(counts)
+                        schedule.finished(task, event.value.ended)
+                        self._assembly.known[task] = event.value
+                        self._assembly.done_bytes += event.value.position
+                self._assembly.append_known(schedule)
+                if time.monotonic() - saved > _SAVE_SECONDS:
+                    self._assembly.save("encoding")
+                    saved = time.monotonic()
+                if self._progress.due():
+                    self._show(running.values(), sum(running_bytes.values()))
+        self._show([], 0.0, end=True)
+
+    def _again(self, why: str, task: Task | None, attempts: Counter[Task], schedule: Schedule) -> None:
+        if task is None:
+            raise RuntimeError(f"{why} before its first task")
+        attempts[task] += 1
+        where = f"unit {task.unit} of {self._corpus.inputs[task.file]}"
+        if attempts[task] == _ATTEMPTS:
+            raise RuntimeError(f"{why} on {where}, the {_ATTEMPTS}rd time; try fewer --workers")
+        self._progress.message(f"{why} on {where}: it is read again")
+        schedule.retry(task)
+
+    def _hash_tasks(self) -> list[int]:
+        """Files that were used and whose sha256 is not known: those that were read in pieces."""
+        read = {
+            file
+            for split in self._corpus.splits
+            for file in split.files
+            if not self._assembly.is_complete(split)
         }
-        encoder = stack.enter_context(_BlockEncoder(tokenizer, options))
-        starts = list(accumulate((sizes[path] for _, path in order), initial=0))
-        for index, block in encoder.encode([path for _, path in order]):
-            split = order[index][0]
-            _report_bad(block.bad, summaries, summaries[split], options, progress)
-            writers[split].add(block.tokens, block.lengths)
-            summaries[split].add(block.sources)
-            progress.update(summaries, starts[index] + block.position)
-        progress.end(summaries)
-        for split, writer in writers.items():
-            if not summaries[split].total.documents:
-                raise SourceError(f"{files[split][0]}: no documents in the {split or 'input'} files")
-            writer.close()
-            manifest = _manifest(summaries[split], {p: sizes[p] for p in files[split]}, tokenizer, options)
-            writer.write_extra(".json", json.dumps(manifest, indent=2) + "\n")
-        for writer in writers.values():
-            writer.publish()
-    return [summaries[split] for split in files]
+        return [
+            file
+            for file in sorted(read)
+            if file not in self._assembly.hashes
+            and isinstance(self._corpus.inputs[file], Path)
+            and self._assembly.file > file
+        ]
+
+    def _next_hash(self, running: Mapping[int, Any]) -> Task | None:
+        if self._assembly.file < len(self._corpus.inputs) or running:
+            return None
+        tasks = self._hash_tasks()
+        return Task(tasks[0], HASH) if tasks else None
+
+    def _show(self, running: Iterable[Counts], running_bytes: float, *, end: bool = False) -> None:
+        counts = replace(self._counts)
+        for item in running:
+            counts.add(item)
+        self._progress.show(
+            counts, self._assembly.done_bytes + running_bytes, self._assembly.sources(), end=end
+        )
 
 
-class _BlockEncoder:
-    """Encode a file's blocks in order: in this process for one worker, else in a pool of processes."""
-
-    def __init__(self, tokenizer: Tokenizer, options: PreprocessOptions) -> None:
-        self._tokenizer = tokenizer
-        self._options = options
-        self._pool: ProcessPoolExecutor | None = None
-
-    def __enter__(self) -> _BlockEncoder:
-        if self._options.workers > 1:
-            # spawn: forking a process that has threads (tokenizers, torch) may deadlock the child.
-            self._pool = ProcessPoolExecutor(
-                self._options.workers,
-                mp_context=multiprocessing.get_context("spawn"),
-                initializer=_start_worker,
-                initargs=(dict(self._options.tokenizer),),
-            )
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def encode(self, paths: Sequence[Path]) -> Iterator[tuple[int, _EncodedBlock]]:
-        """Yield (index of the file, encoded block) in the order of the files and of their blocks."""
-        key, append_eod = self._options.text_key, self._options.append_eod
-        blocks = ((index, block) for index, path in enumerate(paths) for block in read_blocks(path, key))
-        if self._pool is None:
-            with _OneThread():
-                for index, block in blocks:
-                    yield index, _encode_block(self._tokenizer, block, key, append_eod)
-            return
-        under_way: deque[tuple[int, Future[_EncodedBlock]]] = deque()
-        try:
-            for index, block in blocks:
-                under_way.append((index, self._submit(_encode_in_worker, block, key, append_eod)))
-                if len(under_way) > 2 * self._options.workers:
-                    index, future = under_way.popleft()
-                    yield index, future.result()
-            for index, future in under_way:
-                yield index, future.result()
-        except BrokenProcessPool:
-            raise RuntimeError("a worker process died (out of memory?); use fewer --workers") from None
-
-    def _submit(self, *call: Any) -> Future[_EncodedBlock]:
-        assert self._pool is not None
-        # A submit may start a process, which inherits a blocked SIGINT: Ctrl-C is answered by this process
-        # alone, even while a worker still imports. Blocked, not ignored: here it stays pending.
-        resource_tracker.ensure_running()  # its first start would unblock SIGINT again
-        previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            return self._pool.submit(*call)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, previous)
-
-
-_worker_tokenizer: Tokenizer
-
-
-def _start_worker(tokenizer_arguments: dict[str, Any]) -> None:
-    global _worker_tokenizer
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-    _worker_tokenizer = build_tokenizer(**tokenizer_arguments)
-
-
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:  # workers of a killed parent would wait for ever
-        parent.join()
-        os._exit(1)
-
-
-def _encode_in_worker(block: Block, text_key: str, append_eod: bool) -> _EncodedBlock:
-    return _encode_block(_worker_tokenizer, block, text_key, append_eod)
-
-
-def _encode_block(tokenizer: Tokenizer, block: Block, text_key: str, append_eod: bool) -> _EncodedBlock:
-    documents = parse_block(block, text_key)
-    bad = documents.bad
-    encoded: list[list[int]] = []
-    sources: dict[str, Counts] = {}
-    encoded_texts = _encode(tokenizer, documents.texts)
-    for text, source, record, ids in zip(
-        documents.texts, documents.sources, documents.records, encoded_texts, strict=True
-    ):
-        if isinstance(ids, str):
-            bad.append(BadRecord(block.path, record, "not_encodable", f"cannot be encoded: {ids}"))
-            continue
-        if not ids:
-            bad.append(BadRecord(block.path, record, "empty_document", "no tokens in this text"))
-            continue
-        if append_eod:
-            ids.append(tokenizer.eod)
-        encoded.append(ids)
-        size = len(text) if text.isascii() else len(text.encode())
-        sources.setdefault(source, Counts()).add(Counts(1, size, len(ids)))
-    lengths = np.fromiter(map(len, encoded), np.int32, len(encoded))
-    tokens = np.fromiter(chain.from_iterable(encoded), np.int64, int(lengths.sum(dtype=np.int64)))
-    if tokens.size and int(tokens.max()) >= tokenizer.vocab_size:  # before a narrower dtype would wrap it
-        raise ValueError(f"{block.path}: the tokenizer gave id {tokens.max()} of {tokenizer.vocab_size}")
-    bad.sort(key=lambda record: record.record)
-    tokens = tokens.astype(token_dtype(tokenizer.vocab_size))
-    return _EncodedBlock(tokens, lengths, sources, bad, block.position)
-
-
-def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int] | str]:
-    """Ids of each text, or why it has none."""
-    try:
-        return [*tokenizer.encode_batch(texts)]
-    except ValueError:
-        results: list[list[int] | str] = []
-        for text in texts:
-            try:
-                results.append(tokenizer.encode(text))
-            except ValueError as error:
-                results.append(str(error))
-        return results
-
-
-def _report_bad(
-    bad: list[BadRecord],
-    summaries: Mapping[str, SplitSummary],
-    summary: SplitSummary,
+def _make_encoder(
+    inputs: Sequence[Input],
+    prepared: tuple[Tokenizer, Engine] | None,
     options: PreprocessOptions,
-    progress: Progress,
-) -> None:
-    for record in bad:
-        if options.on_error == "stop":
-            raise SourceError(str(record))
-        done = sum(sum(item.skipped.values()) for item in summaries.values())
-        if done < options.max_reported_errors:
-            progress.message(f"skipped {record}")
-        elif done == options.max_reported_errors:
-            progress.message("further skipped records are counted, not listed")
-        summary.skipped[record.kind] += 1
+    encode_options: EncodeOptions,
+    folder: Path,
+) -> Any:
+    if prepared is None:
+        tokenizer = build_tokenizer(**options.tokenizer)
+        prepared = tokenizer, choose_engine(tokenizer, options.engine, options.parse_special_tokens)
+    tokenizer, engine = prepared
+    verifier = Verifier(tokenizer, engine.name, options.parse_special_tokens)
+    encoder = UnitEncoder(inputs, tokenizer, engine, verifier, encode_options, folder)
 
+    def work(task: Task, progress: Any) -> Any:
+        if task.unit != HASH:
+            return encoder.encode(task.file, task.unit, progress)
+        return sha256_of(Path(str(inputs[task.file])))
 
-def _manifest(
-    summary: SplitSummary, sizes: Mapping[Path, int], tokenizer: Tokenizer, options: PreprocessOptions
-) -> dict[str, Any]:
-    # Paths below their common folder: the manifest travels with the token file to other machines.
-    folder = os.path.commonpath([os.path.abspath(path.parent) for path in sizes])
-    return {
-        "format": "megatron_core_indexed_dataset",
-        "tool_version": megatron_sharedproj.__version__,
-        "split": summary.split,
-        "text_key": options.text_key,
-        "dtype": token_dtype(tokenizer.vocab_size).name,
-        "append_eod": options.append_eod,
-        "eod": tokenizer.eod,
-        "tokenizer": {
-            "type": options.tokenizer["tokenizer_type"],
-            "description": tokenizer.describe(),
-            "vocab_size": tokenizer.vocab_size,
-            "sha256": tokenizer.sha256,
-        },
-        "counts": vars(summary.total),
-        "sources": {source: vars(counts) for source, counts in sorted(summary.sources.items())},
-        "skipped": dict(sorted(summary.skipped.items())),
-        "inputs": [
-            {"path": os.path.relpath(os.path.abspath(path), folder), "bytes": size}
-            for path, size in sizes.items()
-        ],
-    }
-
-
-class _OneThread:
-    """`--workers 1` means one core: keep the tokenizers library from starting its own threads."""
-
-    def __enter__(self) -> None:
-        self._previous = os.environ.get("TOKENIZERS_PARALLELISM")
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-    def __exit__(self, *_: object) -> None:
-        if self._previous is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
-        else:
-            os.environ["TOKENIZERS_PARALLELISM"] = self._previous
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return work

@@ -1,89 +1,71 @@
-"""What preprocessing counts, and the line that shows how far it is."""
+"""The line that shows how far preprocessing is."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
+from megatron_sharedproj.data.manifest import Counts
+from megatron_sharedproj.duration import format_duration
 
-@dataclass
-class Counts:
-    """Documents, UTF-8 bytes of their text, and tokens (end-of-document ids included)."""
-
-    documents: int = 0
-    text_bytes: int = 0
-    tokens: int = 0
-
-    def add(self, other: Counts) -> None:
-        self.documents += other.documents
-        self.text_bytes += other.text_bytes
-        self.tokens += other.tokens
-
-
-@dataclass
-class SplitSummary:
-    """What was written for one split."""
-
-    split: str
-    prefix: str
-    total: Counts = field(default_factory=Counts)
-    sources: dict[str, Counts] = field(default_factory=dict)
-    skipped: Counter[str] = field(default_factory=Counter)
-
-    def add(self, sources: Mapping[str, Counts]) -> None:
-        """Add a block's counts per source."""
-        for source, counts in sources.items():
-            self.sources.setdefault(source, Counts()).add(counts)
-            self.total.add(counts)
-
-    def line(self) -> str:
-        """One line for the user."""
-        skipped = ", ".join(f"{count} {kind}" for kind, count in sorted(self.skipped.items())) or "0"
-        return (
-            f"{self.split or 'all'}: {self.total.documents} documents, {self.total.tokens} tokens,"
-            f" {self.total.text_bytes / self.total.tokens:.3f} bytes per token, skipped {skipped}"
-            f" -> {self.prefix}.bin"
-        )
+_SHOWN_SOURCES = 7
 
 
 class Progress:
-    """A line on stderr: rewritten in place on a terminal, else a new one every `interval` seconds."""
+    """A line on stderr: rewritten in place on a terminal, else a new one every `interval` seconds.
 
-    def __init__(self, total_bytes: int, interval: float) -> None:
-        self._total = max(1, total_bytes)
+    Args:
+        total: input bytes (or files, where their sizes are not known).
+        done: of them, what an earlier run has done.
+    """
+
+    def __init__(self, total: float, interval: float, done: float = 0.0) -> None:
+        self._total = max(1.0, total)
+        self._before = done
         self._tty = sys.stderr.isatty()
         self._interval = min(interval, 0.5) if self._tty else interval
         self._start = self._last = time.monotonic()
+        self.shown = False
 
-    def update(self, summaries: Mapping[str, SplitSummary], position: int) -> None:
-        """Show progress if it is time to; `position` is the bytes of all input that are done."""
-        now = time.monotonic()
-        if now - self._last >= self._interval:
-            self._last = now
-            self._write(summaries, position / self._total, now - self._start)
+    def due(self) -> bool:
+        """Whether it is time for the next line."""
+        return time.monotonic() - self._last >= self._interval
 
-    def end(self, summaries: Mapping[str, SplitSummary]) -> None:
-        self._write(summaries, 1.0, time.monotonic() - self._start)
-        if self._tty:
-            print(file=sys.stderr)
+    def show(self, counts: Counts, done: float, sources: Mapping[str, Counts], *, end: bool = False) -> None:
+        """Show a line.
+
+        Args:
+            counts: of this run; done: input bytes of both runs.
+            sources: tokens written so far, per source.
+        """
+        self._last = time.monotonic()
+        seconds = max(self._last - self._start, 1e-9)
+        share = 1.0 if end else min(1.0, done / self._total)
+        rate = (done - self._before) / seconds
+        left = (self._total - done) / rate if rate > 0 else 0.0
+        ahead = format_duration(0.0 if end else left)
+        line = (
+            f"{counts.documents:,} documents | {counts.tokens / 1e6:,.1f} Mtok |"
+            f" {counts.tokens / 1e6 / seconds:.2f} Mtok/s |"
+            f" {counts.text_bytes / 1e6 / seconds:.1f} MB/s text | {100 * share:5.1f} % | ETA {ahead}"
+            f"{_shares(sources)}"
+        )
+        start, stop = ("\r\x1b[K", "\n" if end else "") if self._tty else ("", "\n")
+        print(start + line, end=stop, file=sys.stderr, flush=True)
+        self.shown = True
 
     def message(self, text: str) -> None:
+        """A line of its own."""
         print(("\r\x1b[K" if self._tty else "") + text, file=sys.stderr, flush=True)
 
-    def _write(self, summaries: Mapping[str, SplitSummary], done: float, elapsed: float) -> None:
-        total = Counts()
-        for summary in summaries.values():
-            total.add(summary.total)
-        seconds = max(elapsed, 1e-9)
-        eta = int(elapsed / done - elapsed) if done > 0 else 0
-        rate = total.tokens / 1e6 / seconds
-        line = (
-            f"{total.documents} documents | {total.tokens / 1e6:.2f} Mtok |"
-            f" {rate:.2f} Mtok/s | {total.text_bytes / 1e6 / seconds:.1f} MB/s text | {100 * done:5.1f} % |"
-            f" ETA {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}"
-        )
-        start, end = ("\r\x1b[K", "") if self._tty else ("", "\n")
-        print(start + line, end=end, file=sys.stderr, flush=True)
+
+def _shares(sources: Mapping[str, Counts]) -> str:
+    total = sum(counts.tokens for counts in sources.values())
+    if len(sources) < 2 or not total:
+        return ""
+    largest = sorted(sources.items(), key=lambda item: -item[1].tokens)[:_SHOWN_SOURCES]
+    shares = (
+        f"{name.removeprefix('RedPajama')} {100 * counts.tokens / total:.0f} %" for name, counts in largest
+    )
+    return " | " + ", ".join(shares)

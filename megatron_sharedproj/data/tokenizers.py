@@ -66,6 +66,22 @@ class Tokenizer(ABC):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text. Raises ValueError where a text cannot be encoded (NullTokenizer only)."""
 
+    def encode_batch_parsing_special_tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text where a spelled special token becomes its id: for trusted text only."""
+        return self.encode_batch(texts)
+
+    def to_json(self) -> str | None:
+        """The tokenizer.json text for other libraries to load; None where the Rust library has no part."""
+        return None
+
+    def special_tokens(self) -> dict[str, int]:
+        """Id of each special token by its spelling; empty where text cannot spell one."""
+        return {}
+
+    def added_tokens(self) -> list[str]:
+        """Spellings of all added tokens, special or not, by rising id."""
+        return list(self.special_tokens())
+
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens included."""
@@ -105,6 +121,23 @@ class BPETokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._encode_batch(list(texts), add_special_tokens=False)]
 
+    def encode_batch_parsing_special_tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        self._rust.encode_special_tokens = False
+        try:
+            return self.encode_batch(texts)
+        finally:
+            self._rust.encode_special_tokens = True
+
+    def to_json(self) -> str | None:
+        return str(self._rust.to_str())
+
+    def special_tokens(self) -> dict[str, int]:
+        added = self._rust.get_added_tokens_decoder()
+        return {token.content: index for index, token in sorted(added.items()) if token.special}
+
+    def added_tokens(self) -> list[str]:
+        return [token.content for _, token in sorted(self._rust.get_added_tokens_decoder().items())]
+
     def decode(self, ids: Sequence[int]) -> str:
         return self._rust.decode(list(ids), skip_special_tokens=False)
 
@@ -134,6 +167,12 @@ class SlowTokenizer(Tokenizer):
         return [
             self._slow.encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts
         ]
+
+    def encode_batch_parsing_special_tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self._slow.encode(text, add_special_tokens=False) for text in texts]
+
+    def special_tokens(self) -> dict[str, int]:
+        return dict(zip(self._slow.all_special_tokens, self._slow.all_special_ids, strict=True))
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._slow.decode(list(ids), skip_special_tokens=False))

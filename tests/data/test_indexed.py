@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_sharedproj.data.indexed import IndexedWriter, token_dtype, validate_indexed
+from megatron_sharedproj.data.indexed import IndexedWriter, token_dtype
+from megatron_sharedproj.data.inspection import validate_indexed
 
 DOCUMENTS = [np.arange(length, dtype=np.int64) * 7 % 300 for length in (1, 5, 300, 2, 64)]
 

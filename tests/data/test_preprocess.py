@@ -1,15 +1,16 @@
-"""The pipeline and its command line: same bytes for any number of workers, all or nothing on disk."""
+"""The pipeline and its command line: its bytes are Megatron's for any workers, and what goes where."""
 
 import gzip
+import hashlib
 import importlib.util
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,9 +18,15 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from megatron_sharedproj.data import preprocess as pipeline
-from megatron_sharedproj.data import sources
-from megatron_sharedproj.data.indexed import validate_indexed
+from megatron_sharedproj.data import readers
+from megatron_sharedproj.data.corpus import PreprocessOptions
+from megatron_sharedproj.data.engines import ENGINES, choose_engine
+from megatron_sharedproj.data.estimate import estimate
+from megatron_sharedproj.data.inspection import validate_indexed
+from megatron_sharedproj.data.manifest import Manifest, load
+from megatron_sharedproj.data.pool import start_method
+from megatron_sharedproj.data.preprocess import preprocess
+from megatron_sharedproj.data.sources import discover
 from megatron_sharedproj.data.tokenizers import build_tokenizer, train_bpe
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -87,32 +94,79 @@ def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
-def test_bytes_are_those_of_megatron_for_any_number_of_workers(
-    tree: Path, tokenizer_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def options_for(tokenizer: str, **changes: Any) -> PreprocessOptions:
+    arguments = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": tokenizer}
+    return replace(PreprocessOptions(arguments), **changes)
+
+
+def manifest_of(prefix: Path) -> Manifest:
+    manifest = load(prefix)
+    assert manifest is not None
+    return manifest
+
+
+def oracle(texts: Iterable[str], tokenizer: str, prefix: Path) -> None:
+    """What Megatron-Core writes of the ids that HF tokenizers gives."""
     torch = pytest.importorskip("torch")
     megatron = pytest.importorskip("megatron.core.datasets.indexed_dataset")
-    monkeypatch.setattr(sources, "_BLOCK_BYTES", 4096)  # many blocks, so that the order is at stake
-    for workers in ("1", "2"):
-        assert run(tree, tmp_path / workers / "out", tokenizer_dir, "--workers", workers) == 0
-    assert len(names(tmp_path / "1")) == 6
-    for name in names(tmp_path / "1"):
-        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
-
-    tokenizer = build_tokenizer("HuggingFaceTokenizer", tokenizer_dir)
-    builder = megatron.IndexedDatasetBuilder(str(tmp_path / "oracle.bin"), dtype=np.uint16)
-    for text in TRAIN:
-        ids = [*tokenizer.encode(text), tokenizer.eod]
+    built = build_tokenizer("HuggingFaceTokenizer", tokenizer)
+    builder = megatron.IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for text in texts:
+        ids = [*built.encode(text), built.eod]
         builder.add_document(torch.tensor(ids), [len(ids)])
-    builder.finalize(str(tmp_path / "oracle.idx"))
-    prefix = tmp_path / "1" / "out_train_text_document"
-    for suffix in (".bin", ".idx"):
-        assert prefix.with_suffix(suffix).read_bytes() == (tmp_path / f"oracle{suffix}").read_bytes()
-    dataset = megatron.IndexedDataset(str(prefix))
-    assert [tokenizer.decode(dataset[index][:-1]) for index in range(len(dataset))] == TRAIN
+    builder.finalize(f"{prefix}.idx")
 
-    held_out = megatron.IndexedDataset(str(tmp_path / "1" / "out_validation_text_document"))
+
+def same_files(ours: Path, theirs: Path) -> bool:
+    return all(
+        Path(f"{ours}{end}").read_bytes() == Path(f"{theirs}{end}").read_bytes() for end in (".bin", ".idx")
+    )
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_bytes_are_those_of_megatron_for_any_number_of_workers(
+    tree: Path, tokenizer_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    if engine != "tokenizers":
+        pytest.importorskip(engine)
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 1024)
+    monkeypatch.setattr(readers, "_READ_BYTES", 512)
+    for workers in (1, 3):
+        options = options_for(tokenizer_dir, workers=workers, unit_bytes=3000, engine=engine, verify=50)
+        preprocess(discover([tree]), str(tmp_path / str(workers) / "out"), options)
+    assert names(tmp_path / "1") == names(tmp_path / "3") and len(names(tmp_path / "1")) == 6
+    oracle(TRAIN, tokenizer_dir, tmp_path / "oracle")
+    oracle(["held out <|endoftext|> text"], tokenizer_dir, tmp_path / "held_out")
+    for folder in ("1", "3"):
+        assert same_files(tmp_path / folder / "out_train_text_document", tmp_path / "oracle")
+        assert same_files(tmp_path / folder / "out_validation_text_document", tmp_path / "held_out")
+    one, three = (manifest_of(tmp_path / folder / "out_train_text_document") for folder in ("1", "3"))
+    assert replace(one, created=None) == replace(three, created=None)
+    assert one.tokenizer.engine == engine
+
+
+def test_tokens_read_back_as_the_text(tree: Path, tokenizer_dir: str, tmp_path: Path) -> None:
+    megatron = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    assert run(tree, tmp_path / "out", tokenizer_dir) == 0
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", tokenizer_dir)
+    dataset = megatron.IndexedDataset(str(tmp_path / "out_train_text_document"))
+    assert [tokenizer.decode(dataset[index][:-1]) for index in range(len(dataset))] == TRAIN
+    held_out = megatron.IndexedDataset(str(tmp_path / "out_validation_text_document"))
     assert [int(index) for index in np.flatnonzero(held_out[0] == tokenizer.eod)] == [len(held_out[0]) - 1]
+
+
+def test_special_tokens_are_parsed_on_request(tree: Path, tokenizer_dir: str, tmp_path: Path) -> None:
+    assert run(tree, tmp_path / "out", tokenizer_dir, "--splits", "validation", "--parse-special-tokens") == 0
+    prefix = tmp_path / "out_validation_text_document"
+    ids = np.fromfile(f"{prefix}.bin", np.uint16)
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", tokenizer_dir)
+    # Megatron-LM's tool encodes with a stock tokenizer, which reads the marker as the special token.
+    import tokenizers
+
+    stock = tokenizers.Tokenizer.from_file(f"{tokenizer_dir}/tokenizer.json")
+    assert ids.tolist() == [*stock.encode("held out <|endoftext|> text").ids, tokenizer.eod]
+    assert np.count_nonzero(ids == tokenizer.eod) == 2
+    assert manifest_of(prefix).tokenizer.special_tokens == "parsed"
 
 
 def test_manifest_counts_what_was_written(
@@ -120,28 +174,132 @@ def test_manifest_counts_what_was_written(
 ) -> None:
     assert run(tree, tmp_path / "out", tokenizer_dir, "--splits", "train") == 0
     prefix = tmp_path / "out_train_text_document"
-    manifest = json.loads(prefix.with_suffix(".json").read_text())
+    manifest = manifest_of(prefix)
     tokenizer = build_tokenizer("HuggingFaceTokenizer", tokenizer_dir)
     documents, tokens = validate_indexed(prefix, tokenizer.vocab_size)
     size = sum(len(text.encode()) for text in TRAIN)
-    assert manifest["counts"] == {"documents": documents, "text_bytes": size, "tokens": tokens}
-    assert {name: counts["documents"] for name, counts in manifest["sources"].items()} == {
+    assert vars(manifest.counts) == {"documents": documents, "text_bytes": size, "tokens": tokens}
+    assert {name: counts.documents for name, counts in manifest.sources.items()} == {
         "RedPajamaBook": 10,
         "RedPajamaC4": 120,
     }
-    assert manifest["tokenizer"]["sha256"] == tokenizer.sha256 and manifest["eod"] == tokenizer.eod
-    assert (manifest["dtype"], manifest["skipped"]) == ("uint16", {})
-    assert [item["path"] for item in manifest["inputs"]] == [
-        "chunk1/a.jsonl.zst",
-        "chunk2/a.jsonl.gz",
-        "chunk10/a.jsonl",
-        "chunk10/b.parquet",
-    ]
-    assert str(tmp_path) not in prefix.with_suffix(".json").read_text()
+    assert manifest.tokenizer.sha256 == tokenizer.sha256 and manifest.eod == tokenizer.eod
+    assert (manifest.dtype, manifest.rejected, manifest.tokenizer.special_tokens) == ("uint16", {}, "text")
+    files = ["chunk1/a.jsonl.zst", "chunk2/a.jsonl.gz", "chunk10/a.jsonl", "chunk10/b.parquet"]
+    assert [item.path for item in manifest.inputs] == files
+    for item in manifest.inputs:
+        data = (tree / "train" / item.path).read_bytes()
+        assert (item.bytes, item.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+    for suffix, digest in manifest.checksums.items():
+        assert hashlib.sha256(Path(f"{prefix}{suffix}").read_bytes()).hexdigest() == digest
+    assert str(tmp_path) not in Path(f"{prefix}.json").read_text()
     expected = (
         f"train: {documents} documents, {tokens} tokens, {size / tokens:.3f} bytes per token, skipped 0"
     )
     assert capsys.readouterr().out == f"{expected} -> {prefix}.bin\n"
+
+
+def by_source(tree: Path) -> dict[str, list[str]]:
+    return {"RedPajamaC4": TRAIN[:120], "RedPajamaBook": TRAIN[120:]}
+
+
+def test_split_by_source(tree: Path, tokenizer_dir: str, tmp_path: Path) -> None:
+    assert run(tree, tmp_path / "out", tokenizer_dir, "--splits", "train", "--split-by-source") == 0
+    blend = (tmp_path / "out_train_text_blend.txt").read_text().split()
+    assert len(blend) == 4
+    for source, texts in by_source(tree).items():
+        prefix = tmp_path / f"out_train_{source}_text_document"
+        oracle(texts, tokenizer_dir, tmp_path / "oracle")
+        assert same_files(prefix, tmp_path / "oracle")
+        manifest = manifest_of(prefix)
+        assert list(manifest.sources) == [source]
+        assert blend[blend.index(str(prefix)) - 1] == str(manifest.counts.tokens)
+
+
+def test_exclude_source(tree: Path, tokenizer_dir: str, tmp_path: Path) -> None:
+    flags = ["--splits", "train", "--exclude-source", "RedPajamaBook"]
+    assert run(tree, tmp_path / "out", tokenizer_dir, *flags) == 0
+    oracle(TRAIN[:120], tokenizer_dir, tmp_path / "oracle")
+    assert same_files(tmp_path / "out_train_text_document", tmp_path / "oracle")
+    assert manifest_of(tmp_path / "out_train_text_document").excluded_sources == {"RedPajamaBook": 10}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("share", [0.001, 0.4, 0.99, 1.0, 2.0])
+def test_target_tokens_are_exact(
+    tree: Path, tokenizer_dir: str, tmp_path: Path, share: float, workers: int
+) -> None:
+    oracle(TRAIN, tokenizer_dir, tmp_path / "oracle")
+    whole = np.fromfile(tmp_path / "oracle.bin", np.uint16)
+    target = int(whole.size * share)
+    options = options_for(tokenizer_dir, target_tokens=target, unit_bytes=3000, workers=workers)
+    preprocess({"train": discover([tree])["train"]}, str(tmp_path / "out"), options)
+    prefix = tmp_path / "out_train_text_document"
+    ids = np.fromfile(f"{prefix}.bin", np.uint16)
+    assert ids.size == min(target, whole.size) and (ids == whole[:target]).all()
+    manifest, tokenizer = manifest_of(prefix), build_tokenizer("HuggingFaceTokenizer", tokenizer_dir)
+    documents, tokens = validate_indexed(prefix, tokenizer.vocab_size)
+    assert (manifest.counts.documents, manifest.counts.tokens) == (documents, tokens)
+    lengths = tokenizer.byte_lengths()
+    assert lengths is not None and manifest.counts.text_bytes == int(lengths[ids.astype(np.int64)].sum())
+    assert manifest.cut_document == (ids[-1] != tokenizer.eod)
+
+
+@pytest.mark.parametrize("size", [300, 5000])
+def test_shards(tree: Path, tokenizer_dir: str, tmp_path: Path, size: int) -> None:
+    flags = ["--splits", "train", "--shard-size", str(size)]
+    assert run(tree, tmp_path / "out", tokenizer_dir, *flags) == 0
+    prefixes = (tmp_path / "out_train_text_blend.txt").read_text().split()[1::2]
+    assert prefixes == [f"{tmp_path}/out_train_text_document_{i:05d}" for i in range(len(prefixes))]
+    assert len(prefixes) > 3
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", tokenizer_dir)
+    texts: list[str] = []
+    for index, prefix in enumerate(prefixes):
+        manifest = manifest_of(Path(prefix))
+        assert (manifest.shard, manifest.shards) == (index, len(prefixes))
+        documents, tokens = validate_indexed(prefix, tokenizer.vocab_size)
+        assert tokens * 2 <= size or documents == 1
+        pieces = np.split(
+            ids := np.fromfile(f"{prefix}.bin", np.uint16), np.flatnonzero(ids == tokenizer.eod) + 1
+        )
+        texts += [tokenizer.decode(piece[:-1].tolist()) for piece in pieces if piece.size]
+    assert texts == TRAIN
+
+
+def test_an_inexact_engine_is_stopped(tree: Path, tokenizer_dir: str, tmp_path: Path) -> None:
+    """The library is real, the ids are spoiled behind it: --verify has to see it."""
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", tokenizer_dir)
+    engine = choose_engine(tokenizer, "tokenizers")
+    honest = engine.encode
+
+    def spoiled(texts: Sequence[str]) -> tuple[Any, Any]:
+        ids, lengths = honest(texts)
+        return np.where(ids == ids[-1], ids - 1, ids), lengths
+
+    engine.encode = spoiled  # type: ignore[method-assign]
+    options = options_for(tokenizer_dir, verify=20)
+    if start_method() != "fork":
+        pytest.skip("a worker that is not forked builds its own engine")
+    with pytest.raises(ValueError, match="--engine tokenizers: token .* by tokenizers"):
+        preprocess(discover([tree]), str(tmp_path / "out"), options, (tokenizer, engine))
+    assert names(tmp_path) == []
+
+
+def test_dry_run_writes_nothing(
+    tree: Path, tokenizer_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tree, tmp_path / "o" / "out", tokenizer_dir, "--dry-run") == 0
+    shown = capsys.readouterr().err
+    assert "a SlimPajama tree" in shown and re.search(
+        r"about [\d.,]+ M tokens.*\(from \d+ sampled documents\)", shown
+    )
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", tokenizer_dir)
+    tokens = sum(len(tokenizer.encode(text)) + 1 for text in TRAIN)
+    files, engine = {"train": discover([tree])["train"]}, choose_engine(tokenizer)
+    guess = estimate(files, tokenizer, engine, str(tmp_path / "x"), exact=True)
+    assert guess.sampled == len(TRAIN) and guess.tokens == pytest.approx(tokens, rel=0.01)
+    assert guess.size == 2 * guess.tokens and guess.free > 0
+    assert names(tmp_path) == []
 
 
 def test_files_without_splits_and_no_eod(tokenizer_dir: str, tmp_path: Path) -> None:
@@ -175,15 +333,21 @@ def test_bad_records_stop_or_are_skipped_and_counted(
     skip = capsys.readouterr()
     reported = [text for text in skip.err.splitlines() if text.startswith("skipped ")]
     assert [text.split(": ")[0] for text in reported] == [f"skipped {source}:{number}" for number in (2, 3)]
-    manifest = json.loads((out / "x_text_document.json").read_text())
-    assert manifest["skipped"] == {
-        "empty_document": 1,
-        "invalid_json": 2,
-        "invalid_utf8": 1,
-        "missing_text": 1,
-        "non_string_text": 1,
-    }
-    assert manifest["counts"]["documents"] == 2
+    kinds = [
+        "invalid_utf8",
+        "invalid_json",
+        "missing_text",
+        "non_string_text",
+        "empty_document",
+        "invalid_json",
+    ]
+    manifest = manifest_of(out / "x_text_document")
+    assert manifest.rejected == dict(sorted(Counter(kinds).items()))
+    rejects = [json.loads(text) for text in (out / "x_text_rejects.jsonl").read_text().splitlines()]
+    assert [(item["file"], item["record"], item["kind"]) for item in rejects] == [
+        (str(source), number, kind) for number, kind in enumerate(kinds, start=2)
+    ]
+    assert manifest.counts.documents == 2
     assert "skipped 1 empty_document, 2 invalid_json" in skip.out
 
 
@@ -200,17 +364,25 @@ def test_text_that_a_tokenizer_refuses_is_a_bad_record(
     assert np.fromfile(tmp_path / "x_text_document.bin", np.uint16).tolist() == [1, 2, 3, 9, 4, 9]
 
 
-def test_a_damaged_file_stops_all_splits_even_when_skipping(
+def test_a_damaged_file_stops_all_splits_or_is_counted(
     tree: Path, tokenizer_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "in" / "train").mkdir(parents=True)
     (tmp_path / "in" / "test").mkdir()
     (tmp_path / "in" / "test" / "a.jsonl").write_text(line("fine"))
+    (tmp_path / "in" / "train" / "b.jsonl").write_text(line("behind it"))
     whole = (tree / "train" / "chunk1" / "a.jsonl.zst").read_bytes()
     (tmp_path / "in" / "train" / "a.jsonl.zst").write_bytes(whole[:-9])
-    assert run(tmp_path / "in", tmp_path / "out" / "x", tokenizer_dir, "--on-error", "skip") == 2
+    assert run(tmp_path / "in", tmp_path / "out" / "x", tokenizer_dir) == 2
     assert "train/a.jsonl.zst: truncated zstd file" in capsys.readouterr().err
-    assert names(tmp_path / "out") == []
+    assert not list((tmp_path / "out").glob("*.bin"))
+    assert run(tmp_path / "in", tmp_path / "out" / "x", tokenizer_dir, "--on-error", "skip") == 0
+    assert (
+        "a.jsonl.zst: truncated zstd file; fetch it again; 0 records of it were read"
+        in capsys.readouterr().err
+    )
+    manifest = manifest_of(tmp_path / "out" / "x_train_text_document")
+    assert (manifest.rejected, manifest.counts.documents) == ({"truncated_file": 1}, 1)
 
 
 def test_existing_output_is_kept_unless_told(
@@ -239,6 +411,10 @@ def test_existing_output_is_kept_unless_told(
         (["--tokenizer-model", "./absent"], "error: --tokenizer-model ./absent: no such file"),
         (["--tokenizer-type", "NullTokenizer"], "NullTokenizer needs --vocab-size"),
         (["--output-prefix", "."], "error: --output-prefix .: is a directory; use a prefix such as "),
+        (["--shard-size", "lots"], "error: --shard-size lots: not a size; use one such as 10GB"),
+        (["--target-tokens", "0"], "error: --target-tokens 0: use 1 or more"),
+        (["--verify", "-1"], "error: --verify -1: use 0 or more"),
+        (["--dataset-id", "x/y"], "error: --input: give this or --dataset-id, one of the two"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(
@@ -259,58 +435,6 @@ def test_mistakes_are_one_line_and_exit_2(
     errors = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error: ")]
     assert code == 2 and len(errors) == 1 and message in errors[0]
     assert names(tmp_path) == ["a.jsonl"]
-
-
-def test_interrupt_leaves_nothing(tokenizer_dir: str, tmp_path: Path) -> None:
-    """A real Ctrl-C, to the whole process group, from a bare clone's command line in another folder."""
-    source = tmp_path / "a.jsonl"
-    # Far more than is read before the signal: a fast machine must not be done first.
-    block = "".join(line(text) for text in texts_of("long", 100)) * 100
-    with source.open("w") as stream:
-        for _ in range(10):
-            stream.write(block)
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    tool = [sys.executable, str(REPOSITORY / "tools" / "preprocess_slimpajama.py"), "--input", str(source)]
-    flags = ["--output-prefix", "out/x", "--tokenizer-model", tokenizer_dir, "--workers", "2"]
-    process = subprocess.Popen(
-        [*tool, *flags, "--log-interval", "0.1"],
-        cwd=tmp_path,
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        # A suite that runs in the background inherits an ignored SIGINT; a user's shell does not.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    try:
-        assert process.stderr is not None
-        while "Mtok/s" not in (text := process.stderr.readline()):
-            assert text, "ended before it could be interrupted"
-        os.killpg(process.pid, signal.SIGINT)
-        rest = process.communicate(timeout=30)[1]
-    finally:
-        process.kill()
-        source.unlink()
-    assert process.returncode == 130 and "Traceback" not in rest
-    assert rest.splitlines()[-1] == "interrupted: no output was written"
-    assert names(tmp_path / "out") == []
-
-
-def test_a_dead_worker_is_reported(tokenizer_dir: str, tmp_path: Path) -> None:
-    source = tmp_path / "a.jsonl"
-    source.write_text("".join(line(text) for text in texts_of("long", 100)) * 100)
-    options = pipeline.PreprocessOptions(
-        {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": tokenizer_dir}, workers=2
-    )
-    tokenizer = build_tokenizer(**options.tokenizer)
-    with pipeline._BlockEncoder(tokenizer, options) as encoder:
-        blocks = encoder.encode([source])
-        next(blocks)
-        assert encoder._pool is not None
-        os.kill(next(iter(encoder._pool._processes)), signal.SIGKILL)
-        time.sleep(0.2)
-        with pytest.raises(RuntimeError, match="fewer --workers"):
-            list(blocks)
 
 
 def test_train_tokenizer_tool(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,8 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from megatron_sharedproj.data import sources
-from megatron_sharedproj.data.sources import BadRecord, SourceError, discover, read_documents
+from megatron_sharedproj.data import readers
+from megatron_sharedproj.data.readers import read_documents
+from megatron_sharedproj.data.records import BadRecord, SourceError
+from megatron_sharedproj.data.sources import describe_layout, discover
 
 
 def record(text: object, source: str | None = "RedPajamaC4") -> str:
@@ -64,6 +66,35 @@ def test_other_layouts(tmp_path: Path) -> None:
     }
     write(tmp_path / "tree" / "valid" / "a.jsonl", record("x"))
     assert list(discover([tmp_path / "tree" / "valid"])) == ["validation"]
+    # What the paper's downloader leaves: save_to_disk folders by chunk, and a cache of datasets'.
+    arrow = tmp_path / "slimpajama_data"
+    for name in ("train/chunks/chunk_000", "train/chunks/chunk_001", "validation/chunks/chunk_000"):
+        write(arrow / name / "data-00000-of-00001.arrow", "x")
+        write(arrow / name / "cache-0123.arrow", "x")
+        write(arrow / name / "state.json", "{}")
+    assert {split: len(files) for split, files in discover([arrow]).items()} == {"train": 2, "validation": 1}
+
+
+@pytest.mark.parametrize(
+    ("names", "layout"),
+    [
+        (
+            ["train/chunk1/a.jsonl.zst", "test/chunk1/a.jsonl.zst"],
+            "a SlimPajama tree, .jsonl.zst: test 1 (0.0 MB), train 1 (",
+        ),
+        (["train/RedPajamaBook/chunk_0.jsonl.zst"], "a tree split by source, .jsonl.zst: train 1 ("),
+        (
+            ["train/chunks/chunk_000/data-00000-of-00001.arrow"],
+            "Arrow files of save_to_disk, .arrow: train 1 (",
+        ),
+        (["train-00000-of-00001.parquet"], "files by split, .parquet: train 1 ("),
+        (["a.jsonl", "b.jsonl.gz"], "files without splits, .jsonl .jsonl.gz: all 2 ("),
+    ],
+)
+def test_the_layout_is_recognized(tmp_path: Path, names: list[str], layout: str) -> None:
+    for name in names:
+        write(tmp_path / name, record("x"))
+    assert describe_layout(discover([tmp_path])).startswith(layout)
 
 
 def test_discover_mistakes(tmp_path: Path) -> None:
@@ -83,7 +114,7 @@ def test_discover_mistakes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json.zst", "a.zst"])
 def test_every_line_format_reads_the_same(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_BLOCK_BYTES", 64)  # so that lines straddle reads and blocks
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 64)  # so that lines straddle reads and blocks
     expected = [("caf\u00e9 " * index + "x", "RedPajamaC4") for index in range(30)]
     lines = [record(text) for text, _ in expected]
     path = write(tmp_path / name, "\ufeff" + "\r\n".join(lines[:9]) + "\n\n" + "\n".join(lines[9:]))
