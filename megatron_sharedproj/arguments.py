@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import typing
+from pathlib import Path
 from typing import Any
 
 from megatron_sharedproj.command_line import Parser
 from megatron_sharedproj.config import (
+    DATA_PROTOCOLS,
     CheckpointConfig,
     DataConfig,
     LogConfig,
@@ -123,6 +125,12 @@ _TABLE: dict[str, tuple[type, dict[str, str]]] = {
             "valid_data_path": "like --data-path, for validation only",
             "test_data_path": "like --data-path, evaluated once when training is done",
             "split": "shares of --data-path for training, validation and test",
+            "data_protocol": "packed: documents back to back, all tokens real; padded: the paper's, a "
+            "document per row, cut, or filled with end-of-document tokens, which are scored (and counted in "
+            "tokens/s and consumed tokens)",
+            "reset_position_ids": "positions start anew after each end-of-document token",
+            "reset_attention_mask": "no attention across an end-of-document token",
+            "eod_mask_loss": "no loss where the input is the end-of-document token",
             "mock_data": "Megatron's synthetic data instead of --data-path, for timing",
             "no_mmap_bin_files": "read .bin files instead of mapping them",
             "data_cache_path": "folder for index caches (default: beside the data)",
@@ -214,6 +222,10 @@ def build_parser() -> argparse.ArgumentParser:
             for name in _BY_SAMPLES:
                 flag = f"--{name.replace('_', '-')}-samples"
                 group.add_argument(flag, type=int, help=f"{name}_iters in sequences".replace("_", "-"))
+        if title == "data and tokenizer":
+            group.add_argument(
+                "--data-args-path", default="", metavar="FILE", help="a file that holds --data-path's words"
+            )
         if title == "parallelism":
             for flag in ("--pipeline-model-parallel-size", "--context-parallel-size"):
                 group.add_argument(flag, type=int, default=1, help="only 1 is supported yet")
@@ -347,8 +359,56 @@ def run_config(args: argparse.Namespace, vocab_size: int, world_size: int) -> Ru
         checkpoint=parts[CheckpointConfig],
         log=parts[LogConfig],
     )
+    if args.data_args_path:
+        config.data.data_path = _read_blend(args.data_args_path, config.data)
+    _check_data(config, per_token_loss=args.calculate_per_token_loss)
     _resolve(config, world_size, {name: getattr(args, f"{name}_samples") for name in _BY_SAMPLES})
     return config
+
+
+def _read_blend(path: str, data: DataConfig) -> list[str]:
+    """The words of a blend file, as Megatron-LM reads it; the saved configuration holds them as data_path."""
+    from megatron_sharedproj.data.datasets import blend_prefixes
+
+    flag = f"--data-args-path {path}"
+    if data.data_path:
+        raise ValueError(f"{flag}: --data-path is given too; give one")
+    try:
+        words = Path(path).read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ValueError(f"{flag}: cannot be read ({reason}); give a file of WEIGHT PREFIX words") from None
+    if not words:
+        raise ValueError(f"{flag}: is empty; write WEIGHT PREFIX words into it, as for --data-path")
+    blend_prefixes(words, f"{flag}:")  # here, so that a mistake is reported under the flag that was given
+    return words
+
+
+def _check_data(config: RunConfig, *, per_token_loss: bool) -> None:
+    """Check the flags that say how documents become rows. Raises ValueError."""
+    data, position = config.data, config.model.position_embedding_type
+    if data.data_protocol not in DATA_PROTOCOLS:
+        raise ValueError(f"--data-protocol {data.data_protocol}: choose {' or '.join(DATA_PROTOCOLS)}")
+    resets = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
+    given = ["--" + name.replace("_", "-") for name in resets if getattr(data, name)]
+    if data.data_protocol == "padded":
+        if given:
+            raise ValueError(
+                f"{given[0]}: with --data-protocol padded a row is one document, and its filling is scored; "
+                "drop the flag, or use packed"
+            )
+        if data.mock_data:
+            raise ValueError("--mock-data: not with --data-protocol padded; drop it, or use packed")
+    if data.reset_position_ids and position != "learned_absolute" and not data.reset_attention_mask:
+        raise ValueError(
+            f"--reset-position-ids: does nothing with --position-embedding-type {position}, which has no "
+            "position ids to restart; add --reset-attention-mask, or drop it"
+        )
+    if data.eod_mask_loss and per_token_loss:
+        raise ValueError(
+            "--calculate-per-token-loss: with --eod-mask-loss micro batches score different numbers of "
+            "tokens, and each is averaged by itself here (Megatron-LM without the flag); drop one of the two"
+        )
 
 
 def _set_by_samples(train: TrainConfig, name: str, count: int) -> None:

@@ -17,6 +17,9 @@ from megatron_sharedproj.variants import AttentionVariant, get_variant
 
 T = TypeVar("T")
 
+# How documents become rows: back to back, or the paper's one per row with scored filling (data/padded.py).
+DATA_PROTOCOLS = ("packed", "padded")
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -194,6 +197,10 @@ class DataConfig:
     valid_data_path: list[str] = field(default_factory=list)
     test_data_path: list[str] = field(default_factory=list)
     split: str = "969,30,1"
+    data_protocol: str = "packed"  # one of DATA_PROTOCOLS
+    reset_position_ids: bool = False
+    reset_attention_mask: bool = False
+    eod_mask_loss: bool = False
     mock_data: bool = False
     no_mmap_bin_files: bool = False
     data_cache_path: str = ""

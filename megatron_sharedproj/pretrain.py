@@ -14,7 +14,8 @@ from megatron_sharedproj.arguments import build_parser, run_config
 from megatron_sharedproj.checkpointing import files
 from megatron_sharedproj.command_line import print_error
 from megatron_sharedproj.config import RunConfig, to_dict, write_json
-from megatron_sharedproj.data.datasets import build_datasets, resolve_blends
+from megatron_sharedproj.data.datasets import build_datasets, check_document_ends, resolve_blends
+from megatron_sharedproj.data.padded import real_token_share
 from megatron_sharedproj.data.tokenizers import build_tokenizer
 from megatron_sharedproj.device import Device, get_device
 from megatron_sharedproj.ops import paths
@@ -52,6 +53,12 @@ def find_checkpoint(config: RunConfig) -> Path | None:
         raise ValueError(
             f"--weight-decay-on-all: {given}, but the checkpoint in {folder} was {missing}, and optimizer "
             "state is grouped by it; do as the checkpoint did, or add --no-load-optim"
+        )
+    protocol, before = config.data.data_protocol, saved.data.data_protocol
+    if protocol != before and (own or not config.checkpoint.finetune):
+        raise ValueError(
+            f"--data-protocol {protocol}: the checkpoint in {folder} was trained on {before} data, and its "
+            f"data position counts their rows; use {before}, or --finetune into another --save folder"
         )
     if own:
         # The run's own checkpoint: --finetune was about the start, not about a restart.
@@ -98,6 +105,9 @@ def prepare(args: Any) -> tuple[RunConfig, Any, list[Any], Device, Path | None]:
     attention_path(config, device)
     checkpoint = find_checkpoint(config)
     blends = resolve_blends(config.data, tokenizer.vocab_size, validate=config.train.eval_iters > 0)
+    for name in ("reset_position_ids", "reset_attention_mask", "eod_mask_loss"):
+        if getattr(config.data, name):
+            check_document_ends(blends, tokenizer.eod, "--" + name.replace("_", "-"))
     if os.environ.get("RANK", "0") == "0":
         check_folders(config)
     return config, tokenizer, blends, device, checkpoint
@@ -168,6 +178,7 @@ def build_trainer(
     trainer = Trainer(
         config=config, device=device, torch_device=local, model=wrapped, optimizer=optimizer,
         schedule=schedule, train_data=train_data, valid_data=valid_data, test_data=test_data, log=log,
+        boundary=tokenizer.eod if config.data.reset_attention_mask else None,
     )  # fmt: skip
     if checkpoint is not None:
         _resume(trainer, checkpoint, load_checkpoint)
@@ -176,7 +187,29 @@ def build_trainer(
         Path(config.checkpoint.save).mkdir(parents=True, exist_ok=True)
         write_json(Path(config.checkpoint.save) / files.RUN_CONFIG, to_dict(config))
     log.open()
+    _report_protocol(trainer, tokenizer.eod)
     return trainer
+
+
+def _report_protocol(trainer: Any, eod: int) -> None:
+    data, log = trainer.config.data, trainer.log
+    if data.data_protocol == "packed":
+        names = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
+        flags = [f"--{name.replace('_', '-')}" for name in names if getattr(data, name)]
+        at_ends = f"; {', '.join(flags)} at token {eod}" if flags else ""
+        log.message(f"data protocol: packed (documents back to back, every token real{at_ends})")
+        return
+    length = trainer.config.train.seq_length
+    log.message(
+        f"data protocol: padded (the paper's: a document per row of {length} tokens, cut, "
+        f"or filled with token {eod}, which is scored); losses compare with padded ones only"
+    )
+    if log.enabled:
+        splits = {"train": trainer.train_data, "validation": trainer.valid_data, "test": trainer.test_data}
+        shares = {
+            f"{name}_real_token_share": real_token_share(d) for name, d in splits.items() if d is not None
+        }
+        log.evaluation("data", trainer.iteration, shares)
 
 
 def _resume(trainer: Any, folder: Path, load_checkpoint: Any) -> None:

@@ -1,4 +1,4 @@
-"""Megatron-Core data sets of packed sequences, and the sampler that can resume anywhere.
+"""Megatron-Core data sets of packed or padded rows, and the sampler that can resume anywhere.
 
 Shape legend: b micro batch, s sequence length.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megatron_sharedproj.config import DataConfig, TrainConfig
-from megatron_sharedproj.data.indexed import validate_indexed
+from megatron_sharedproj.data.inspection import check_training_data
 from megatron_sharedproj.device import get_device
 
 _SPLITS = ("train", "valid", "test")
@@ -123,8 +123,9 @@ def _checked(blend: Any, data: DataConfig, vocab_size: int, validate: bool) -> A
     prefixes, weights = blend
     sizes = []
     for prefix in prefixes:
-        documents, tokens = validate_indexed(prefix, vocab_size, max_tokens=_CHECKED_TOKENS)
-        sizes.append(float(tokens))
+        documents, tokens = check_training_data(prefix, vocab_size, max_tokens=_CHECKED_TOKENS)
+        # What a sample is made of: so many tokens, or a document.
+        sizes.append(float(documents if data.data_protocol == "padded" else tokens))
         if data.data_path:
             _check_split(data.split, prefix, documents, validate=validate)
     if weights is None and len(prefixes) > 1:
@@ -133,12 +134,37 @@ def _checked(blend: Any, data: DataConfig, vocab_size: int, validate: bool) -> A
     return prefixes, weights
 
 
+def check_document_ends(blends: list[Any], eod: int, flag: str) -> None:
+    """Refuse data whose documents do not end with ``eod``: ``flag`` would find no boundary in them.
+
+    Looks at up to 32 documents of each prefix, spread over it; one that ends so is enough, since the last of
+    a cut file may not.
+
+    Raises:
+        ValueError: naming the prefix and the remedy.
+    """
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    for prefix in (prefix for blend in blends if blend for prefix in blend[0]):
+        dataset = IndexedDataset(prefix)
+        lengths, bounds = dataset.sequence_lengths, dataset.document_indices
+        looked_at = range(1, len(bounds), max(1, (len(bounds) - 1) // 32))[:32]
+        ends = [int(bounds[document]) - 1 for document in looked_at]
+        last = [dataset.get(end, offset=int(lengths[end]) - 1)[0] for end in ends if lengths[end]]
+        if eod not in last:
+            raise ValueError(
+                f"{flag}: the documents of {prefix} do not end with the end-of-document token, {eod}; "
+                "preprocess them with it (--append-eod), or drop the flag"
+            )
+
+
 def build_datasets(
     data: DataConfig, train: TrainConfig, tokenizer: Any, blends: list[Any], sizes: tuple[int, int, int]
 ) -> list[Any]:
-    """Training, validation and test GPTDatasets (None where there is no data).
+    """Training, validation and test data sets (None where there is no data).
 
-    Documents are packed back to back into sequences of ``seq_length`` + 1 tokens; no padding is scored.
+    Packed: GPTDatasets, documents back to back in sequences of ``seq_length`` + 1 tokens; no padding is
+    scored. Padded (``--data-protocol``): PaddedDatasets, a document per row, its filling scored.
 
     Args:
         blends: from :func:`resolve_blends`.
@@ -146,6 +172,8 @@ def build_datasets(
     """
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+
+    from megatron_sharedproj.data.padded import PaddedDataset
 
     chosen: dict[str, Any]
     if len(blends) == 1:
@@ -160,9 +188,10 @@ def build_datasets(
         path_to_cache=data.data_cache_path or None,
         mmap_bin_files=not data.no_mmap_bin_files,
         tokenizer=tokenizer,
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
+        reset_position_ids=data.reset_position_ids,
+        reset_attention_mask=data.reset_attention_mask,
+        eod_mask_loss=data.eod_mask_loss,
+        # The boundaries reach attention as lengths (layers/core_attention.py), not as an s x s mask.
         create_attention_mask=False,
         **chosen,
     )
@@ -171,7 +200,9 @@ def build_datasets(
         ranges = zip(config.split_matrix, sizes, strict=True)
         config.split_matrix = [bounds if size else None for bounds, size in ranges]
     wanted = [size if len(blends) < len(_SPLITS) or blends[index] else 0 for index, size in enumerate(sizes)]
-    kind = GPTDataset if blends else MockGPTDataset
+    kind: Any = GPTDataset if blends else MockGPTDataset
+    if data.data_protocol == "padded":
+        kind = PaddedDataset
     try:
         return list(BlendedMegatronDatasetBuilder(kind, wanted, lambda: True, config).build())
     except (AssertionError, IndexError, ValueError) as error:

@@ -12,8 +12,6 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,30 +19,18 @@ import torch
 import torch.distributed
 from numpy.typing import NDArray
 
+from megatron_sharedproj.config import DATA_PROTOCOLS
+from megatron_sharedproj.data.padded import Row, fill_row, padded_row, real_labels
 from megatron_sharedproj.duration import format_duration
 from megatron_sharedproj.inference.loading import LoadedModel
 
-PROTOCOLS = ("packed", "padded")
-
-# Tokens [s], labels [s], and a mask [s] of the labels that are scored.
-Row = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]
+PROTOCOLS = DATA_PROTOCOLS
 
 
 def packed_row(stream: NDArray[Any], seq_length: int, index: int) -> Row:
     """Window ``index`` of a token stream; together they score each token but the first exactly once."""
     window = stream[index * seq_length : (index + 1) * seq_length + 1]
-    return _row(window, seq_length, 0, scored=len(window) - 1)
-
-
-def padded_row(documents: list[NDArray[Any]], seq_length: int, eod: int, index: int) -> Row:
-    """Document ``index`` as the paper's released code makes a row of it."""
-    return _row(documents[index][: seq_length + 1], seq_length, eod, scored=seq_length)
-
-
-def _row(window: NDArray[Any], seq_length: int, fill: int, *, scored: int) -> Row:
-    full = np.full(seq_length + 1, fill, dtype=np.int64)
-    full[: len(window)] = window
-    return full[:-1], full[1:], np.arange(seq_length) < scored
+    return fill_row(window, seq_length, 0, scored=len(window) - 1)
 
 
 def unigram_entropy(stream: NDArray[Any]) -> float:
@@ -115,10 +101,17 @@ def evaluate_perplexity(
     eod = loaded.tokenizer.eod
     if protocol == "packed":
         count, real = -(-(len(stream) - 1) // seq_length), len(stream) - 1
-        row: Callable[[int], Row] = partial(packed_row, stream, seq_length)
+
+        def row(index: int) -> Row:
+            return packed_row(stream, seq_length, index)
+
     else:
-        count, real = len(documents), sum(len(d[: seq_length + 1]) - 1 for d in documents)
-        row = partial(padded_row, documents, seq_length, eod)
+        count = len(documents)
+        real = real_labels(np.array([len(document) for document in documents]), seq_length)
+
+        def row(index: int) -> Row:
+            return padded_row(documents[index], seq_length, eod)
+
     ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     mine = range(rank, count, ranks)
     positions = torch.arange(seq_length, device=loaded.device)

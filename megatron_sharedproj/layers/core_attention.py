@@ -9,6 +9,8 @@ import contextlib
 import math
 from typing import Any
 
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -99,6 +101,25 @@ class SharedProjectionCoreAttention(MegatronModule):
             if packed_seq_params is None:
                 return attention(query, key, value, **options).flatten(-2)
             return attention_packed(query, key, value, *_lengths(packed_seq_params), **options).flatten(-2)
+
+
+def document_lengths(tokens: Tensor, eod: int) -> PackedSeqParams:
+    """The documents of a micro batch as packed sequences: attention starts anew at rows and after ``eod``.
+
+    What Megatron's ``--reset-attention-mask`` asks for, as lengths instead of a mask of s x s per row: the
+    tokens then go through the model as one row of b * s.
+
+    Args:
+        tokens: [b, s] int64, on the CPU: as lists of lengths the boundaries are needed there, and a GPU
+            would have to be waited for.
+    """
+    b, s = tokens.shape
+    ends = tokens == eod
+    ends[:, -1] = True
+    starts = torch.nn.functional.pad(ends.flatten().nonzero()[:, 0].int() + 1, (1, 0))
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=starts, cu_seqlens_kv=starts, max_seqlen_q=s, max_seqlen_kv=s
+    )
 
 
 def _lengths(packed: Any) -> tuple[Tensor, Tensor, int, int]:

@@ -21,7 +21,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_sharedproj.checkpointing.sharded import save_checkpoint
 from megatron_sharedproj.config import RunConfig
 from megatron_sharedproj.data.datasets import build_iterator
+from megatron_sharedproj.data.padded import real_token_share
 from megatron_sharedproj.device import Device
+from megatron_sharedproj.layers.core_attention import document_lengths
 from megatron_sharedproj.training.log import TrainingLog
 from megatron_sharedproj.training.signals import StopSignals
 
@@ -29,15 +31,29 @@ Hook = Callable[["Trainer"], None]
 
 
 def forward_step(
-    data_iterator: Iterator[dict[str, torch.Tensor]], model: Any, *, device: torch.device
+    data_iterator: Iterator[dict[str, torch.Tensor]],
+    model: Any,
+    *,
+    device: torch.device,
+    boundary: int | None = None,
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
-    """Megatron's forward step: per-token loss [b, s] and the function that reduces it."""
+    """Megatron's forward step: per-token loss [b, s] and the function that reduces it.
+
+    Args:
+        boundary: token after which attention starts anew (``--reset-attention-mask``); None: nowhere.
+    """
     batch = next(data_iterator)
     tokens, labels, positions, mask = (
         batch[name].to(device, non_blocking=True)
         for name in ("tokens", "labels", "position_ids", "loss_mask")
     )
-    losses = model(tokens, positions, None, labels=labels)
+    if boundary is None:
+        losses = model(tokens, positions, None, labels=labels)
+    else:
+        documents = document_lengths(batch["tokens"], boundary)
+        rows = (x.view(1, -1) for x in (tokens, positions, labels))
+        tokens, positions, labels = rows
+        losses = model(tokens, positions, None, labels=labels, packed_seq_params=documents).view_as(mask)
     return losses, partial(_mean_loss, mask)
 
 
@@ -54,6 +70,7 @@ class Trainer:
     Attributes:
         model: Megatron's DistributedDataParallel around the GPTModel.
         iteration: steps done; consumed_samples: sequences trained on (the data position).
+        boundary: token that attention does not reach across; None: it does.
         hooks: called after every step.
     """
 
@@ -67,6 +84,7 @@ class Trainer:
     valid_data: Any
     test_data: Any
     log: TrainingLog
+    boundary: int | None = None
     iteration: int = 0
     consumed_samples: int = 0
     hooks: list[Hook] = field(default_factory=list)
@@ -77,7 +95,7 @@ class Trainer:
     def _schedule_step(self, iterator: Any, micro_batches: int, forward_only: bool) -> float:
         train = self.config.train
         results = get_forward_backward_func()(
-            forward_step_func=partial(forward_step, device=self.torch_device),
+            forward_step_func=partial(forward_step, device=self.torch_device, boundary=self.boundary),
             data_iterator=iterator,
             model=[self.model],
             num_microbatches=micro_batches,
@@ -145,12 +163,16 @@ class Trainer:
         return not bad.item()
 
     def evaluate(self, name: str = "validation") -> dict[str, float] | None:
-        """Loss and packed perplexity over the first ``--eval-iters`` global batches of a data set.
+        """Loss and perplexity over the first ``--eval-iters`` global batches of a data set.
 
-        Every validation scores the same sequences, so that its curve is comparable along a run.
+        Every validation scores the same sequences, so that its curve is comparable along a run. The
+        protocol is the run's: with padded data the perplexity is named ``padded_perplexity``.
 
         Args:
             name: ``validation`` or ``test``.
+        Returns:
+            ``lm_loss`` (nats per scored token), and ``perplexity``, or ``padded_perplexity`` with the
+            split's ``real_token_share``.
         """
         train = self.config.train
         dataset = self.test_data if name == "test" else self.valid_data
@@ -168,7 +190,15 @@ class Trainer:
             loss = self._schedule_step(iterator, micro_batches, forward_only=True)
         self.model.train()
         self.device.set_rng_state(rng)
-        results = {"lm_loss": loss, "perplexity": math.exp(min(loss, 50.0))}
+        perplexity = math.exp(min(loss, 50.0))
+        if self.config.data.data_protocol == "padded":
+            results = {
+                "lm_loss": loss,
+                "padded_perplexity": perplexity,
+                "real_token_share": real_token_share(dataset),
+            }
+        else:
+            results = {"lm_loss": loss, "perplexity": perplexity}
         self.log.evaluation(name, self.iteration, results)
         return results
 

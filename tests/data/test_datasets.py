@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import tiny
+from megatron_sharedproj.arguments import build_parser, run_config
 from megatron_sharedproj.config import DataConfig
 from megatron_sharedproj.data.datasets import resolve_blends, split_shares
 
@@ -139,3 +140,59 @@ def test_a_blend_takes_from_both(parallel_state: Any, tmp_path: Path) -> None:
     chosen = np.asarray(trainer.train_data.dataset_index[:40])
     assert (chosen == 0).sum() == 30 and (chosen == 1).sum() == 10
     assert trainer.train() == 0
+
+
+# --- a blend in a file -----------------------------------------------------------------------------------
+
+
+def test_a_blend_file_is_the_same_as_its_words(parallel_state: Any, tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    paths = [tiny.write_data(tmp_path / name, seed=seed) for seed, name in enumerate("ab")]
+    blend = tmp_path / "blend.txt"
+    blend.write_text(f"0.75 {paths[0]}\n\t0.25   {paths[1]}\n")
+    line = tiny.flags("", data_path=None, split="100,0,0", train_iters=3)
+    words = ["0.75", str(paths[0]), "0.25", str(paths[1])]
+    configs = [
+        run_config(build_parser().parse_args([*line, *given]), tiny.VOCAB, 1)
+        for given in (["--data-args-path", str(blend)], ["--data-path", *words])
+    ]
+    assert configs[0] == configs[1]
+    assert configs[0].data.data_path == words
+    losses = [
+        tiny.losses([*line, *given]) for given in (["--data-args-path", str(blend)], ["--data-path", *words])
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "further", "words"),
+    [
+        (None, [], "cannot be read (No such file or directory); give a file of WEIGHT PREFIX words"),
+        (b"", [], "is empty; write WEIGHT PREFIX words into it"),
+        (b" \n\t\n", [], "is empty"),
+        (b"\xff\xfe0.5", [], "cannot be read (not UTF-8 text)"),
+        (b"1.0 nowhere", [], "nowhere.idx does not exist; give the prefix"),
+        (b"-1 a 2 b", [], "weights must be positive"),
+        (b"1.0 a", ["--data-path", "a"], "--data-path is given too; give one"),
+    ],
+)
+def test_a_bad_blend_file_is_one_line(
+    tmp_path: Path, capsys: Any, content: bytes | None, further: list[str], words: str
+) -> None:
+    from megatron_sharedproj.pretrain import main
+
+    blend = tmp_path / "blend.txt"
+    if content is not None:
+        blend.write_bytes(content)
+    line = tiny.flags("", data_path=None)
+    assert main([*line, "--data-args-path", str(blend), *further]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: --data-args-path {blend}: ") and words in err
+    assert err.count("\n") == 1
+
+
+def test_a_folder_is_no_blend_file(tmp_path: Path) -> None:
+    line = tiny.flags("", data_path=None, data_args_path=tmp_path)
+    with pytest.raises(ValueError, match="^--data-args-path .*: cannot be read .Is a directory"):
+        run_config(build_parser().parse_args(line), tiny.VOCAB, 1)
