@@ -104,7 +104,12 @@ def prepare(args: Any) -> tuple[RunConfig, Any, list[Any], Device, Path | None]:
     check_device(config, device, world // config.parallel.tensor_model_parallel_size)
     attention_path(config, device)
     checkpoint = find_checkpoint(config)
-    blends = resolve_blends(config.data, tokenizer.vocab_size, validate=config.train.eval_iters > 0)
+    blends = resolve_blends(
+        config.data,
+        tokenizer.vocab_size,
+        validate=config.train.eval_iters > 0,
+        tokenizer=(config.data.tokenizer_type, tokenizer.sha256),
+    )
     for name in ("reset_position_ids", "reset_attention_mask", "eod_mask_loss"):
         if getattr(config.data, name):
             check_document_ends(blends, tokenizer.eod, "--" + name.replace("_", "-"))

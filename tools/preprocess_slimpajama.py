@@ -87,9 +87,10 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--verify",
         type=int,
-        default=100,
+        default=10,
         metavar="N",
-        help="encode about N random documents again with HF tokenizers; stop at a difference (default: 100)",
+        help="encode about N random documents, at least one of every 32 MiB of a file, again with HF tokenizers,"
+        " and stop at a difference (default: 10; 0: none)",
     )
     group.add_argument(
         "--parse-special-tokens",

@@ -162,7 +162,14 @@ _SCHEDULE_FIELDS = (
     "adam_eps",
     "clip_grad",
 )
-_DATA_FIELDS = ("data_path", "train_data_path", "split")
+_DATA_FIELDS = (
+    "data_path",
+    "train_data_path",
+    "split",
+    "reset_position_ids",
+    "reset_attention_mask",
+    "eod_mask_loss",
+)
 
 
 class _MetadataUnpickler(pickle.Unpickler):

@@ -82,12 +82,15 @@ def _check_split(split: str, prefix: str, documents: int, *, validate: bool) -> 
             )
 
 
-def resolve_blends(data: DataConfig, vocab_size: int, *, validate: bool) -> list[Any]:
+def resolve_blends(
+    data: DataConfig, vocab_size: int, *, validate: bool, tokenizer: tuple[str, str] | None = None
+) -> list[Any]:
     """Check the data flags and their files.
 
     Args:
         vocab_size: ids must be below it (the tokenizer's, not the padded one).
         validate: validation data are needed.
+        tokenizer: type and sha256, which must be those that the data were made with.
     Returns:
         One blend (prefixes, weights) for ``--data-path``, three (None where absent) for the per-split
         flags, none for ``--mock-data``.
@@ -116,14 +119,17 @@ def resolve_blends(data: DataConfig, vocab_size: int, *, validate: bool) -> list
         ]
         if validate and blends[1] is None:
             raise ValueError("--valid-data-path: required with --eval-iters; give it, or --eval-iters 0")
-    return [_checked(blend, data, vocab_size, validate) if blend else None for blend in blends]
+    return [_checked(blend, data, vocab_size, validate, tokenizer) if blend else None for blend in blends]
 
 
-def _checked(blend: Any, data: DataConfig, vocab_size: int, validate: bool) -> Any:
+def _checked(
+    blend: Any, data: DataConfig, vocab_size: int, validate: bool, tokenizer: tuple[str, str] | None
+) -> Any:
     prefixes, weights = blend
+    kind, digest = tokenizer or (None, None)
     sizes = []
     for prefix in prefixes:
-        documents, tokens = check_training_data(prefix, vocab_size, max_tokens=_CHECKED_TOKENS)
+        documents, tokens = check_training_data(prefix, vocab_size, _CHECKED_TOKENS, digest, kind)
         # What a sample is made of: so many tokens, or a document.
         sizes.append(float(documents if data.data_protocol == "padded" else tokens))
         if data.data_path:

@@ -89,7 +89,11 @@ def _check_ids(file: TokenFile, count: int, vocab_size: int) -> None:
 
 
 def check_training_data(
-    prefix: str | Path, vocab_size: int, max_tokens: int | None = None, tokenizer_sha256: str | None = None
+    prefix: str | Path,
+    vocab_size: int,
+    max_tokens: int | None = None,
+    tokenizer_sha256: str | None = None,
+    tokenizer_type: str | None = None,
 ) -> tuple[int, int]:
     """What the trainer checks before step 0: :func:`validate_indexed`, and the manifest if there is one.
 
@@ -97,6 +101,7 @@ def check_training_data(
         vocab_size: the tokenizer's, not the padded one.
         max_tokens: ids to check; None for all.
         tokenizer_sha256: the tokenizer's; None where it is not known.
+        tokenizer_type: the tokenizer's; one of another type has other files, whose sha256 says nothing.
     Returns:
         documents, tokens.
     Raises:
@@ -107,7 +112,8 @@ def check_training_data(
     if manifest is not None:
         for message in _unequal_counts(file, manifest):
             raise ValueError(message)
-        check_tokenizer(manifest, prefix, vocab_size, tokenizer_sha256)
+        same_type = tokenizer_type in (None, manifest.tokenizer.type)
+        check_tokenizer(manifest, prefix, vocab_size, tokenizer_sha256 if same_type else None)
     return file.documents, file.tokens
 
 

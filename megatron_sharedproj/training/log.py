@@ -158,7 +158,7 @@ class TrainingLog:
         )
 
     def evaluation(self, name: str, iteration: int, results: dict[str, float]) -> None:
-        """Record a validation or test: ``lm_loss`` and ``perplexity`` (packed, real tokens only)."""
+        """Record a validation or test: ``lm_loss``, and ``perplexity`` or ``padded_perplexity``."""
         if not self.enabled:
             return
         text = " | ".join(f"{name.replace('_', ' ')}: {value:.6E}" for name, value in results.items())
@@ -181,6 +181,8 @@ class TrainingLog:
             "validation_perplexity": "lm loss validation ppl",
             "test_lm_loss": "lm loss test",
             "test_perplexity": "lm loss test ppl",
+            "validation_padded_perplexity": "lm loss validation padded ppl",
+            "test_padded_perplexity": "lm loss test padded ppl",
         }
         shown = {tag: record[key] for key, tag in tags.items() if record.get(key) is not None}
         if self._tensorboard is not None:

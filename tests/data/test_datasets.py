@@ -11,7 +11,10 @@ import pytest
 import tiny
 from megatron_sharedproj.arguments import build_parser, run_config
 from megatron_sharedproj.config import DataConfig
+from megatron_sharedproj.data.corpus import PreprocessOptions
 from megatron_sharedproj.data.datasets import resolve_blends, split_shares
+from megatron_sharedproj.data.preprocess import preprocess
+from megatron_sharedproj.data.tokenizers import build_tokenizer, train_bpe
 
 
 def prefix(folder: Path, documents: int = 40) -> str:
@@ -196,3 +199,21 @@ def test_a_folder_is_no_blend_file(tmp_path: Path) -> None:
     line = tiny.flags("", data_path=None, data_args_path=tmp_path)
     with pytest.raises(ValueError, match="^--data-args-path .*: cannot be read .Is a directory"):
         run_config(build_parser().parse_args(line), tiny.VOCAB, 1)
+
+
+def test_data_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
+    """Two vocabularies of one size: no id is out of range, and every one means something else."""
+    (tmp_path / "a.jsonl").write_text('{"text": "abc abc abd abd the cat sat"}\n' * 4)
+    tokenizers = []
+    for name, text in (("one", "abc abc abd abd"), ("two", "the cat sat on the mat")):
+        train_bpe([text], 262, tmp_path / name)
+        tokenizers.append(build_tokenizer("HuggingFaceTokenizer", str(tmp_path / name)))
+    made, other = tokenizers
+    arguments = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(tmp_path / "one")}
+    (summary,) = preprocess({"": [tmp_path / "a.jsonl"]}, str(tmp_path / "x"), PreprocessOptions(arguments))
+    data = DataConfig(data_path=[summary.prefix], split="1,0,0")
+    assert made.vocab_size == other.vocab_size
+    resolve_blends(data, 262, validate=False, tokenizer=("HuggingFaceTokenizer", made.sha256))
+    resolve_blends(data, 262, validate=False, tokenizer=("GPT2BPETokenizer", other.sha256))  # not comparable
+    with pytest.raises(ValueError, match=r"--tokenizer-model: this tokenizer .* is not the one that made"):
+        resolve_blends(data, 262, validate=False, tokenizer=("HuggingFaceTokenizer", other.sha256))
