@@ -89,8 +89,8 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         default=10,
         metavar="N",
-        help="encode about N random documents, at least one of every 32 MiB of a file, again with HF tokenizers,"
-        " and stop at a difference (default: 10; 0: none)",
+        help="encode about N random documents, at least one of every 32 MiB of a file, again with HF"
+        " tokenizers, and stop at a difference (default: 10; 0: none)",
     )
     group.add_argument(
         "--parse-special-tokens",
