@@ -162,7 +162,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"{tokenizer.describe()}; engine {engine.name}{passed}", file=sys.stderr)
     try:
         guess = estimate(
-            files, tokenizer, engine, args.output_prefix, exact=args.dry_run, text_key=args.json_keys[0]
+            files, tokenizer, engine, args.output_prefix, thorough=args.dry_run, text_key=args.json_keys[0]
         )
         print(guess.line(), file=sys.stderr)
         if args.dry_run:

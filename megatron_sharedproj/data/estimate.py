@@ -1,4 +1,4 @@
-"""How large the output will be: from file sizes, or from encoding a sample of every kind of file."""
+"""How large the output will be, from encoding a sample of files spread over the input."""
 
 from __future__ import annotations
 
@@ -6,19 +6,18 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from megatron_sharedproj.data.engines import Engine
 from megatron_sharedproj.data.indexed import token_dtype
 from megatron_sharedproj.data.readers import Input, open_reader
-from megatron_sharedproj.data.records import SourceError, parse_block
+from megatron_sharedproj.data.records import parse_block
 from megatron_sharedproj.data.tokenizers import Tokenizer
 
-# Tokens per byte of a file, by its kind, at 4.4 bytes of English a token; SlimPajama's card has 2.5 times as
-# much text as .zst.
-_TOKENS_PER_BYTE = {".zst": 0.62, ".gz": 0.55, ".parquet": 0.4}
-_PLAIN = 0.22
-_SAMPLED_FILES = 8
+# Files to sample, and characters of each: in a moment before a run, or as well as is possible in a dry one.
+_QUICK = (3, 1 << 18)
+_THOROUGH = (16, 1 << 22)
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Estimate:
     """Tokens and bytes of the .bin files, and the bytes that are free where they go.
 
     Attributes:
-        sampled: documents that were encoded for it; 0: from sizes alone.
+        sampled: documents that were encoded for it; 0: nothing is known.
     """
 
     tokens: float
@@ -36,11 +35,12 @@ class Estimate:
 
     def line(self) -> str:
         """One line for the user."""
-        how = f"from {self.sampled} sampled documents" if self.sampled else "from file sizes"
+        if not self.sampled:
+            return f"output of unknown size; {self.free / 1e9:,.1f} GB free"
         warning = "; LESS IS FREE" if self.free < self.size else ""
         return (
-            f"about {self.tokens / 1e6:,.1f} M tokens, {self.size / 1e9:,.2f} GB ({how}); "
-            f"{self.free / 1e9:,.1f} GB free{warning}"
+            f"about {self.tokens / 1e6:,.1f} M tokens, {self.size / 1e9:,.2f} GB"
+            f" (from {self.sampled} sampled documents); {self.free / 1e9:,.1f} GB free{warning}"
         )
 
 
@@ -50,29 +50,28 @@ def estimate(
     engine: Engine,
     output_prefix: str,
     *,
-    exact: bool,
+    thorough: bool,
     text_key: str = "text",
 ) -> Estimate:
-    """Tokens to expect; `exact`: from the first documents of files spread over the input.
+    """Tokens to expect. Files that cannot be read are passed over: the run itself says so.
 
-    Raises SourceError for a sampled file that cannot be read.
+    Args:
+        thorough: encode more of more files.
     """
-    inputs = [item for group in files.values() for item in group]
-    sizes = [item.stat().st_size if isinstance(item, Path) else 0 for item in inputs]
-    tokens, sampled = 0.0, 0
-    if exact:
-        step = max(1, len(inputs) // _SAMPLED_FILES)
-        chosen = range(0, len(inputs), step)
-        rates = {index: _sample(inputs[index], engine, text_key) for index in chosen}
-        sampled = sum(count for _, count in rates.values())
-        weights = sum(sizes[index] for index in chosen)
-        if weights:
-            rate = sum(sizes[index] * rates[index][0] for index in chosen) / weights
-            tokens = rate * sum(sizes)
-    else:
-        for item, bytes_of_it in zip(inputs, sizes, strict=True):
-            rate = next((rate for end, rate in _TOKENS_PER_BYTE.items() if str(item).endswith(end)), _PLAIN)
-            tokens += bytes_of_it * rate
+    inputs = [item for group in files.values() for item in group if isinstance(item, Path)]
+    sizes = [item.stat().st_size for item in inputs]
+    count, characters = _THOROUGH if thorough else _QUICK
+    tokens, sampled, weight = 0.0, 0, 0
+    for index in range(0, len(inputs), max(1, -(-len(inputs) // count))):
+        try:
+            rate, documents = _sample(inputs[index], engine, text_key, characters)
+        except ValueError:  # SourceError, or text that the engine refuses
+            continue
+        if documents:
+            tokens += rate * sizes[index]
+            weight += sizes[index]
+            sampled += documents
+    tokens *= sum(sizes) / max(1, weight)
     folder = Path(output_prefix).absolute().parent
     while not folder.is_dir():
         folder = folder.parent
@@ -80,16 +79,24 @@ def estimate(
     return Estimate(tokens, size, shutil.disk_usage(os.fspath(folder)).free, sampled)
 
 
-def _sample(item: Input, engine: Engine, text_key: str) -> tuple[float, int]:
-    """(Tokens per byte of the file, documents) in its first block."""
+def _sample(item: Input, engine: Engine, text_key: str, characters: int) -> tuple[float, int]:
+    """(Tokens per byte of the file, documents) of about so many characters from its beginning."""
     reader = open_reader(item, text_key)
+    ids = kept = whole = documents = 0
     try:
         for block in reader.unit(0):
             texts = parse_block(block, text_key).texts
-            ids, _ = engine.encode(texts)
-            return (ids.size + len(texts)) / max(1, reader.position), len(texts)
-        if reader.problem is not None:
-            raise SourceError(str(reader.problem))
-        return 0.0, 0
+            sizes = [len(text) for text in texts]
+            whole += sum(sizes)
+            enough = next(
+                (n for n, size in enumerate(accumulate(sizes), 1) if size >= characters), len(texts)
+            )
+            ids += engine.encode(texts[:enough])[0].size + enough
+            kept += sum(sizes[:enough])
+            documents += enough
+            if kept >= characters:
+                break
+        share = kept / whole if whole else 0.0
+        return (ids / share / max(1, reader.position) if share else 0.0), documents
     finally:
         reader.close()

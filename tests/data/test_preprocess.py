@@ -296,7 +296,7 @@ def test_dry_run_writes_nothing(
     tokenizer = build_tokenizer("HuggingFaceTokenizer", tokenizer_dir)
     tokens = sum(len(tokenizer.encode(text)) + 1 for text in TRAIN)
     files, engine = {"train": discover([tree])["train"]}, choose_engine(tokenizer)
-    guess = estimate(files, tokenizer, engine, str(tmp_path / "x"), exact=True)
+    guess = estimate(files, tokenizer, engine, str(tmp_path / "x"), thorough=True)
     assert guess.sampled == len(TRAIN) and guess.tokens == pytest.approx(tokens, rel=0.01)
     assert guess.size == 2 * guess.tokens and guess.free > 0
     assert names(tmp_path) == []
