@@ -133,8 +133,8 @@ class GigatokenEngine(Engine):
         self._resident = _resident_bytes()
 
     def _encode(self, texts: list[str]) -> tuple[Ids, Lengths]:
-        encode = self._fast.encode
-        batch: list[Ids] = [encode(text) for text in texts]
+        # No local name may hold the tokenizer: _build could not free it.
+        batch: list[Ids] = [self._fast.encode(text) for text in texts]
         lengths = np.fromiter((len(ids) for ids in batch), dtype=np.int64, count=len(batch))
         ids = _join(batch)
         if _resident_bytes() - self._resident > GIGATOKEN_CACHE_BYTES:
@@ -191,7 +191,7 @@ def _try_engine(name: str, tokenizer: Tokenizer, parse_special_tokens: bool) -> 
         raise EngineUnavailable(f"{tokenizer.name} has no tokenizer.json to load")
     try:
         engine = _FAST[name](description, parse_special_tokens)
-    except ImportError:
+    except ModuleNotFoundError:
         raise EngineUnavailable(f"not installed (pip install {name})") from None
     except BaseException as error:
         raise EngineUnavailable(f"cannot load {tokenizer.name} ({_one_line(error)})") from None
@@ -250,11 +250,13 @@ _PROBE_TEXTS = (
     "\u00e2\u20ac\u2122 mojibake \ufffd \uffff \ufdd0 \U0010ffff \ue000 \U000f0000 \u202eRTL\u202c",
     "x" + "".join(chr(code) + ("a", "1", " ")[code % 3] for code in range(0xA1, 0x3100, 29)),
     "".join(" " + chr(code) for code in (*range(0x10000, 0x1FB00, 523), *range(0xA000, 0xD7FF, 977))),
-    # Regex libraries disagree on which of these is white space, a letter or a number.
+    # Libraries disagree on which of these is white space, a letter or a number, and on how the last three,
+    # of Unicode 16, compose.
     *(
         f"a{char} {char}b{char}{char} 1{char}!{char}\n{char}'s\t{char}"
-        for char in "\x0b\x0c\x1c\x1f\x85\xa0\u1680\u180e\u2000\u200b\u2028\u2029\u202f\u205f\u2060\u3000\ufeff"
-        "\u0345\u0301\u093e\u02b0\u01c5\u00b2\u2167\u0663\u24d0\u3007\u00aa\u00ad\u17b4\u20e3\u1cfa\U0001d7ce\U00016fe4"
+        for char in "\x0b\x0c\x1c\x1f\x85\xa0\u1680\u180e\u2000\u200b\u2028\u2029\u202f\u205f\u2060\u3000"
+        "\ufeff\u0345\u0301\u093e\u02b0\u01c5\u00b2\u2167\u0663\u24d0\u3007\u00aa\u00ad\u17b4\u20e3\u1cfa"
+        "\U0001d7ce\U00016fe4\U000113c2\U0001611e\U00016d67"
     ),
 )
 
