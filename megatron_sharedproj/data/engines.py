@@ -16,7 +16,6 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 
 from megatron_sharedproj.data.tokenizers import Tokenizer
@@ -325,6 +324,8 @@ def _join(pieces: list[Ids]) -> Ids:
 
 def _resident_bytes() -> int:
     # Of this process, whichever it is: an engine is often built before a fork.
+    import psutil  # for gigatoken alone
+
     return int(psutil.Process().memory_info().rss)
 
 
