@@ -274,6 +274,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\ninterrupted: {kept}", file=sys.stderr)
         return 130
+    except SystemExit:
+        print(f"\nterminated: {kept}", file=sys.stderr)
+        raise
     return 0
 
 

@@ -9,12 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megatron_sharedproj.data.corpus import Corpus, PreprocessOptions, Split, check_new
+from megatron_sharedproj.data.corpus import Corpus, PreprocessOptions, Split
 from megatron_sharedproj.data.encode import Part, part_documents, read_part
 from megatron_sharedproj.data.indexed import token_dtype
 from megatron_sharedproj.data.journal import Journal
 from megatron_sharedproj.data.manifest import Counts
-from megatron_sharedproj.data.outputs import Output, OutputOptions
+from megatron_sharedproj.data.outputs import Output, OutputOptions, check_free
 from megatron_sharedproj.data.progress import Progress
 from megatron_sharedproj.data.records import SourceError
 from megatron_sharedproj.data.schedule import Schedule, Task
@@ -27,7 +27,7 @@ class Assembly:
     Attributes:
         file, unit: of the part to append next.
         outputs: by split and source ("" for all).
-        hashes: sha256 of files that are known so far.
+        hashes: sha256 of files that are known so far; ended: files that were appended to their end.
         known: parts that are there and not yet appended.
         done_bytes: input bytes of all parts that are there.
         rejects_bytes: size of the list of bad records.
@@ -48,7 +48,8 @@ class Assembly:
         )
         self.outputs: dict[tuple[str, str], Output] = {}
         self.file, self.unit, self._records = 0, 0, 0  # the next part, and the records of its file before it
-        self.hashes: dict[int, str] = {}
+        self.hashes: dict[int, str | None] = {}
+        self.ended: set[int] = set()
         self.known: dict[Task, Part] = {}
         self.done_bytes = 0.0
         self.rejects_bytes = 0
@@ -108,6 +109,8 @@ class Assembly:
             self._appending = True
             self._append(self.known.pop(task))
             split = self._corpus.split_of[part.file]
+            if part.ended:
+                self.ended.add(part.file)
             if self.is_complete(split):
                 schedule.drop(split.files)
                 self.file, self.unit, self._records = split.files[-1] + 1, 0, 0
@@ -141,7 +144,7 @@ class Assembly:
     def _new_output(self, split: str, source: str) -> Output:
         output = Output(split, source, self._tokenizer, self._output_options, self._journal.folder)
         if not self._options.overwrite:
-            check_new([output.prefix(0)])
+            check_free([output.prefix(0)])
         for other in self.outputs.values():
             if other.prefix(0) == output.prefix(0):
                 raise SourceError(f"sources {other.source!r} and {source!r} would share {output.prefix(0)}")
@@ -204,6 +207,7 @@ class Assembly:
                 "rejects_bytes": self.rejects_bytes,
                 "done_bytes": self.done_bytes - sum(part.position for part in self.known.values()),
                 "hashes": self.hashes,
+                "ended": sorted(self.ended),
                 "splits": {
                     split.name: {"rejected": split.rejected, "excluded": split.excluded}
                     for split in self._corpus.splits
@@ -222,6 +226,7 @@ class Assembly:
         self._reported, self.rejects_bytes = state["reported"], state["rejects_bytes"]
         self.done_bytes = state["done_bytes"]
         self.hashes = {int(file): digest for file, digest in state["hashes"].items()}
+        self.ended = set(state["ended"])
         for split in self._corpus.splits:
             split.rejected.update(state["splits"][split.name]["rejected"])
             split.excluded.update(state["splits"][split.name]["excluded"])

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import megatron_sharedproj
 from megatron_sharedproj.data.readers import Input
-from megatron_sharedproj.data.records import SourceError
 from megatron_sharedproj.data.tokenizers import Tokenizer
-
-_SUFFIXES = (".bin", ".idx", ".json")
 
 
 @dataclass(frozen=True)
@@ -61,8 +57,6 @@ class Split:
 class Corpus:
     """Files 0, 1, ... of all splits. Small splits go first: a problem that they have in common shows early.
 
-    Raises SourceError for a file that cannot be read.
-
     Attributes:
         order: the splits as they were given.
         inputs, sizes: by file; a size is in bytes, 0 where it is not known.
@@ -73,7 +67,7 @@ class Corpus:
         self.inputs: list[Input] = []
         self.sizes: list[int] = []
         self.splits: list[Split] = []
-        sizes = {split: [_size(item) for item in group] for split, group in files.items()}
+        sizes = {split: [file_size(item) for item in group] for split, group in files.items()}
         for split in sorted(files, key=lambda split: sum(sizes[split])):
             first = len(self.inputs)
             self.inputs += files[split]
@@ -100,19 +94,10 @@ class Corpus:
         }
 
 
-def check_new(prefixes: Iterable[str]) -> None:
-    """Raises FileExistsError naming the first output file that is there already."""
-    for path in (prefix + suffix for prefix in prefixes for suffix in _SUFFIXES):
-        if os.path.exists(path):
-            raise FileExistsError(f"{path} exists")
-
-
-def _size(item: Input) -> int:
-    try:
-        return item.stat().st_size if isinstance(item, Path) else 0
-    except OSError as error:
-        raise SourceError(f"{item}: cannot be read: {error.strerror or error}") from error
+def file_size(item: Input) -> int:
+    """In bytes; 0 where it is not known. A file that cannot be read shows when its turn comes."""
+    return item.stat().st_size if isinstance(item, Path) and item.exists() else 0
 
 
 def _mtime(item: Input) -> int:
-    return item.stat().st_mtime_ns if isinstance(item, Path) else 0
+    return item.stat().st_mtime_ns if isinstance(item, Path) and item.exists() else 0

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
+from megatron_sharedproj.data.corpus import file_size
 from megatron_sharedproj.data.engines import Engine
 from megatron_sharedproj.data.indexed import token_dtype
 from megatron_sharedproj.data.readers import Input, open_reader
@@ -59,7 +60,7 @@ def estimate(
         thorough: encode more of more files.
     """
     inputs = [item for group in files.values() for item in group if isinstance(item, Path)]
-    sizes = [item.stat().st_size for item in inputs]
+    sizes = [file_size(item) for item in inputs]
     count, characters = _THOROUGH if thorough else _QUICK
     tokens, sampled, weight = 0.0, 0, 0
     for index in range(0, len(inputs), max(1, -(-len(inputs) // count))):

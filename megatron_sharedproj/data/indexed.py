@@ -109,7 +109,8 @@ class IndexedWriter:
         for stream in self._streams:
             stream.close()
         self.checksums = {".bin": self._digest.hexdigest(), ".idx": self._write_index()}
-        os.unlink(self._temporary(_LENGTHS))
+        if self._folder is None:  # else a saved state may still want to resume behind them
+            os.unlink(self._temporary(_LENGTHS))
 
     def _write_index(self) -> str:
         digest = hashlib.sha256()

@@ -6,8 +6,9 @@ output is cut back to the state that was saved last.
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from megatron_sharedproj.data.encode import OutputDocuments
 from megatron_sharedproj.data.indexed import IndexedWriter, token_dtype
 from megatron_sharedproj.data.manifest import Counts
 from megatron_sharedproj.data.tokenizers import Tokenizer
+
+SUFFIXES = (".bin", ".json", ".idx")  # .idx last: a pair is complete when its .idx exists
 
 
 @dataclass(frozen=True)
@@ -203,3 +206,16 @@ def output_prefix_of(output_prefix: str, split: str, text_key: str, source: str 
     """`PREFIX_<split>_<source>_<key>_document`, without the parts that are empty."""
     parts = (output_prefix, split, re.sub(r"[^\w.-]", "-", source), text_key, "document")
     return "_".join(part for part in parts if part)
+
+
+def blend_path(output_prefix: str, split: str, text_key: str) -> Path:
+    """Where the weights and prefixes of a split's several files go."""
+    stem = output_prefix_of(output_prefix, split, text_key).removesuffix("_document")
+    return Path(f"{stem}_blend.txt")
+
+
+def check_free(prefixes: Iterable[str]) -> None:
+    """Raises FileExistsError naming the first output file that is there already."""
+    for path in (prefix + suffix for prefix in prefixes for suffix in SUFFIXES):
+        if os.path.exists(path):
+            raise FileExistsError(f"{path} exists")

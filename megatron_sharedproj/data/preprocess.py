@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sharedproj.data.assembly import Assembly
-from megatron_sharedproj.data.corpus import Corpus, PreprocessOptions, check_new
+from megatron_sharedproj.data.corpus import Corpus, PreprocessOptions
 from megatron_sharedproj.data.encode import EncodeOptions, UnitEncoder
 from megatron_sharedproj.data.engines import Engine, Verifier, choose_engine
 from megatron_sharedproj.data.journal import Journal
 from megatron_sharedproj.data.manifest import Counts
-from megatron_sharedproj.data.outputs import output_prefix_of
 from megatron_sharedproj.data.pool import WorkerPool, start_method
 from megatron_sharedproj.data.progress import Progress
-from megatron_sharedproj.data.publish import Summary, publish
+from megatron_sharedproj.data.publish import Summary, check_new, publish
 from megatron_sharedproj.data.readers import Input, sha256_of
 from megatron_sharedproj.data.schedule import HASH, Schedule, Task
 from megatron_sharedproj.data.tokenizers import Tokenizer, build_tokenizer
@@ -54,8 +53,6 @@ def preprocess(
     """
     if options.on_error not in ("stop", "skip"):
         raise ValueError(f"on_error {options.on_error!r} is not one of stop, skip")
-    if not options.overwrite and not options.by_source and options.shard_bytes is None:
-        check_new(output_prefix_of(output_prefix, split, options.text_key) for split in files)
     if prepared is None:
         tokenizer = build_tokenizer(**options.tokenizer)
         prepared = tokenizer, choose_engine(tokenizer, options.engine, options.parse_special_tokens)
@@ -66,11 +63,19 @@ def preprocess(
     with ExitStack() as stack:
         settings = corpus.settings(options, tokenizer)
         journal = stack.enter_context(Journal(folder, settings, discard=options.overwrite))
+        publishing = journal.state is not None and journal.state["phase"] == "publishing"
+        if not (publishing or options.overwrite):
+            try:
+                check_new(output_prefix, files, options)
+            except FileExistsError:
+                if journal.state is None:
+                    journal.remove()
+                raise
         assembly = Assembly(corpus, output_prefix, tokenizer, options, journal)
         stack.callback(assembly.leave)
         if journal.state is not None:
             assembly.restore(journal.state)
-        if journal.state is None or journal.state["phase"] != "publishing":
+        if not publishing:
             _Run(corpus, assembly, tokenizer, engine, options, journal).run()
         return publish(corpus, assembly, journal, output_prefix, tokenizer, engine.name, options)
 
@@ -200,18 +205,10 @@ class _Run:
 
     def _hash_tasks(self) -> list[int]:
         """Files that were used and whose sha256 is not known: those that were read in pieces."""
-        read = {
-            file
-            for split in self._corpus.splits
-            for file in split.files
-            if not self._assembly.is_complete(split)
-        }
         return [
             file
-            for file in sorted(read)
-            if file not in self._assembly.hashes
-            and isinstance(self._corpus.inputs[file], Path)
-            and self._assembly.file > file
+            for file in sorted(self._assembly.ended)
+            if file not in self._assembly.hashes and isinstance(self._corpus.inputs[file], Path)
         ]
 
     def _next_hash(self, running: Mapping[int, Any]) -> Task | None:
@@ -246,6 +243,9 @@ def _make_encoder(
     def work(task: Task, progress: Any) -> Any:
         if task.unit != HASH:
             return encoder.encode(task.file, task.unit, progress)
-        return sha256_of(Path(str(inputs[task.file])))
+        try:
+            return sha256_of(Path(str(inputs[task.file])))
+        except OSError:  # it was skipped as unreadable
+            return None
 
     return work

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from megatron_sharedproj.data.corpus import Corpus, PreprocessOptions
 from megatron_sharedproj.data.indexed import token_dtype
 from megatron_sharedproj.data.journal import Journal
 from megatron_sharedproj.data.manifest import Counts, InputFile, Manifest, TokenizerRecord, utc_now
-from megatron_sharedproj.data.outputs import Output, output_prefix_of
+from megatron_sharedproj.data.outputs import SUFFIXES, Output, blend_path, check_free, output_prefix_of
 from megatron_sharedproj.data.tokenizers import Tokenizer
 
 
@@ -60,21 +60,46 @@ def publish(
             sources = dict(sorted(shard.sources.items()))
             rejected = split.rejected if index == 0 else {}
             summaries.append(Summary(output.split, prefix, shard.counts, sources, rejected))
-            # .idx last: a pair is complete when its .idx exists.
-            pairs = ((".bin", ".bin"), (".json.out", ".json"), (".idx", ".idx"))
-            renames += [(folder / (name + old), Path(prefix + new)) for old, new in pairs]
+            ours = {".json": ".json.out"}
+            renames += [(folder / (name + ours.get(end, end)), Path(prefix + end)) for end in SUFFIXES]
     for old, new in renames:
         if old.suffix == ".bin" and old.exists():
             new.with_suffix(".idx").unlink(missing_ok=True)  # an old index must never meet a new .bin
         if old.exists():
             os.replace(old, new)
-    if assembly.rejects_bytes and assembly.rejects.exists():
-        os.replace(assembly.rejects, f"{output_prefix}_{options.text_key}_rejects.jsonl")
+    rejects = Path(f"{output_prefix}_{options.text_key}_rejects.jsonl")
+    if not assembly.rejects_bytes:
+        rejects.unlink(missing_ok=True)  # of what is replaced
+    elif assembly.rejects.exists():
+        os.replace(assembly.rejects, rejects)
+    _remove_further_shards(assembly, options)
     if options.by_source or options.shard_bytes is not None:
         _write_blends(corpus, assembly, output_prefix, options.text_key)
     journal.remove()
     order = {name: index for index, name in enumerate(corpus.order)}
     return sorted(summaries, key=lambda summary: (order[summary.split], summary.prefix))
+
+
+def check_new(output_prefix: str, splits: Iterable[str], options: PreprocessOptions) -> None:
+    """Raises FileExistsError naming the first output file of a finished run that is there already."""
+    if options.by_source or options.shard_bytes is not None:
+        blends = [blend_path(output_prefix, split, options.text_key) for split in splits]
+        for path in (path for path in blends if path.exists()):
+            raise FileExistsError(f"{path} exists")
+    else:
+        check_free(output_prefix_of(output_prefix, split, options.text_key) for split in splits)
+
+
+def _remove_further_shards(assembly: Assembly, options: PreprocessOptions) -> None:
+    """Shards of what is replaced, behind the last one of this run."""
+    for output in assembly.outputs.values():
+        index = len(output.shards)
+        while options.shard_bytes is not None and any(
+            os.path.exists(output.prefix(index) + suffix) for suffix in SUFFIXES
+        ):
+            for suffix in SUFFIXES:
+                Path(output.prefix(index) + suffix).unlink(missing_ok=True)
+            index += 1
 
 
 def _write_blends(corpus: Corpus, assembly: Assembly, output_prefix: str, text_key: str) -> None:
@@ -86,8 +111,8 @@ def _write_blends(corpus: Corpus, assembly: Assembly, output_prefix: str, text_k
             for index, shard in enumerate(output.shards)
             if name == split.name
         ]
-        stem = output_prefix_of(output_prefix, split.name, text_key).removesuffix("_document")
-        Path(f"{stem}_blend.txt").write_text("\n".join(rows) + "\n", encoding="utf-8")
+        path = blend_path(output_prefix, split.name, text_key)
+        path.write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
 def _manifest(

@@ -400,6 +400,21 @@ def test_existing_output_is_kept_unless_told(
     assert (tmp_path / "x_text_document.bin").read_bytes() != before
 
 
+def test_overwriting_leaves_nothing_of_the_old_output(tokenizer_dir: str, tmp_path: Path) -> None:
+    source, out = tmp_path / "a.jsonl", tmp_path / "out"
+    source.write_text("{\n" + line("first " * 40) * 9)
+    flags = ("--shard-size", "100", "--on-error", "skip")
+    assert run(source, out / "x", tokenizer_dir, *flags) == 0
+    before = names(out)
+    assert len(before) > 9 and "x_text_rejects.jsonl" in before
+    source.write_text(line("second"))
+    assert run(source, out / "x", tokenizer_dir, *flags) == 2
+    assert names(out) == before
+    assert run(source, out / "x", tokenizer_dir, "--overwrite", *flags) == 0
+    shard = [f"x_text_document_00000.{suffix}" for suffix in ("bin", "idx", "json")]
+    assert names(out) == ["x_text_blend.txt", *shard]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
