@@ -6,7 +6,6 @@ task goes to a new process.
 
 from __future__ import annotations
 
-import errno
 import multiprocessing
 import os
 import pickle
@@ -171,8 +170,3 @@ def _exit_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """No space, or a quota."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
