@@ -181,6 +181,7 @@ class Assembly:
                 self._mention(f"{problem}; {self._records + part.records} records of it were read")
                 split.rejected[kind] += 1
             target.flush()
+            os.fsync(target.fileno())
             self.rejects_bytes = target.tell()
         split.rejected.update(part.rejected)
 

@@ -167,6 +167,9 @@ class UnitEncoder:
                     part.position = before - start
                 for record, reason in reader.overlong:
                     work.reject(BadRecord(reader.path, record, "overlong_line", reason), rejects)
+                if part.rejected:
+                    rejects.flush()
+                    os.fsync(rejects.fileno())
             part.records, part.ended, part.sha256 = reader.records, reader.ended, reader.sha256()
             part.position = reader.position - start
             if reader.problem is not None:
@@ -200,6 +203,8 @@ class UnitEncoder:
                     stream.write(array.data)
                 stream.write(np.array(output.text_bytes, np.int64).data)
                 stream.write(np.array(output.sources, np.int32).data)
+            stream.flush()
+            os.fsync(stream.fileno())  # before the name that says it is whole, for a power cut
         os.replace(temporary, self._folder / f"{part.name}.part")
         temporary.write_text(json.dumps(asdict(part)), encoding="utf-8")
         os.replace(temporary, self._folder / f"{part.name}.json")
