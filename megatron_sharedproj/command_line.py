@@ -48,3 +48,18 @@ def run_distributed(
     finally:
         distributed.finalize()
     return 0
+
+
+def add_tokenizer_flags(group: Any) -> None:
+    """The flags of build_tokenizer that tools share; `group` is a parser or a group of one."""
+    group.add_argument(
+        "--tokenizer-type",
+        choices=("HuggingFaceTokenizer", "GPT2BPETokenizer", "NullTokenizer"),
+        default="HuggingFaceTokenizer",
+        help="default: HuggingFaceTokenizer",
+    )
+    group.add_argument(
+        "--tokenizer-model", metavar="DIR", help="directory with tokenizer.json, or a Hub name"
+    )
+    group.add_argument("--vocab-file", metavar="FILE", help="GPT-2's vocab.json or encoder.json")
+    group.add_argument("--merge-file", metavar="FILE", help="GPT-2's merges.txt or vocab.bpe")

@@ -16,7 +16,7 @@ try:
 except ModuleNotFoundError:  # a bare clone
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_sharedproj.command_line import Parser, UsageError, print_error
+from megatron_sharedproj.command_line import Parser, UsageError, add_tokenizer_flags, print_error
 
 if TYPE_CHECKING:
     from megatron_sharedproj.data.inspection import Report
@@ -60,17 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--json", action="store_true", help="print everything as JSON")
     group = parser.add_argument_group("tokenizer, to decode; it must be the one that made the file")
-    group.add_argument(
-        "--tokenizer-type",
-        choices=("HuggingFaceTokenizer", "GPT2BPETokenizer", "NullTokenizer"),
-        default="HuggingFaceTokenizer",
-        help="default: HuggingFaceTokenizer",
-    )
-    group.add_argument(
-        "--tokenizer-model", metavar="DIR", help="directory with tokenizer.json, or a Hub name"
-    )
-    group.add_argument("--vocab-file", metavar="FILE", help="GPT-2's vocab.json or encoder.json")
-    group.add_argument("--merge-file", metavar="FILE", help="GPT-2's merges.txt or vocab.bpe")
+    add_tokenizer_flags(group)
     return parser
 
 

@@ -19,7 +19,7 @@ try:
 except ModuleNotFoundError:  # a bare clone; spawned workers take the same path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_sharedproj.command_line import Parser, UsageError
+from megatron_sharedproj.command_line import Parser, UsageError, add_tokenizer_flags
 
 EXAMPLE = """
 example:
@@ -58,17 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-reported-errors", type=int, default=20, metavar="N", help="skipped records to list here"
     )
     group = parser.add_argument_group("tokenizer")
-    group.add_argument(
-        "--tokenizer-type",
-        choices=("HuggingFaceTokenizer", "GPT2BPETokenizer", "NullTokenizer"),
-        default="HuggingFaceTokenizer",
-        help="default: HuggingFaceTokenizer",
-    )
-    group.add_argument(
-        "--tokenizer-model", metavar="DIR", help="directory with tokenizer.json, or a Hub name"
-    )
-    group.add_argument("--vocab-file", metavar="FILE", help="GPT-2's vocab.json or encoder.json")
-    group.add_argument("--merge-file", metavar="FILE", help="GPT-2's merges.txt or vocab.bpe")
+    add_tokenizer_flags(group)
     group.add_argument(
         "--vocab-size", type=int, metavar="N", help="for NullTokenizer, the eod (N-1) included"
     )

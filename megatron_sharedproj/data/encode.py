@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,7 +24,6 @@ from megatron_sharedproj.data.readers import FileProblem, Input, UnitReader, ope
 from megatron_sharedproj.data.records import BadRecord, Block, Documents, parse_block
 from megatron_sharedproj.data.tokenizers import Tokenizer
 
-_BLOCKS_OF_A_UNIT = 16  # about; documents to verify are spread over them
 _LONGEST_VERIFIED = 1 << 18  # HF tokenizers takes 100 bytes of memory for one of text
 
 
@@ -272,7 +270,7 @@ class UnitEncoder:
             return ids, np.array([len(piece) for piece in pieces], np.int64)
 
     def _verify(self, texts: Sequence[str], ids: NDArray[Any], lengths: NDArray[Any], work: _Work) -> None:
-        count = work.to_verify() if texts else 0
+        count = -(-work.left_to_verify // 2)  # half at once, as nobody knows how many blocks will come
         if not count:
             return
         candidates = [index for index, text in enumerate(texts) if len(text) <= _LONGEST_VERIFIED]
@@ -280,6 +278,7 @@ class UnitEncoder:
         for index in work.random.sample(candidates, min(count, len(candidates))):
             self._verifier.check(texts[index], ids[ends[index] - lengths[index] : ends[index]])
             work.part.verified += 1
+            work.left_to_verify -= 1
 
 
 @dataclass
@@ -299,13 +298,7 @@ class _Work:
         self.outputs: dict[str, _Output] = {}
         self.source_index: dict[str, int] = {}
         self._dtype = dtype
-        self._block = 0
-        self._verify_in = Counter(numbers.randrange(_BLOCKS_OF_A_UNIT) for _ in range(verify - 1))
-        self._verify_in[0] += min(verify, 1)  # one at once: a unit may have a single block
-
-    def to_verify(self) -> int:
-        self._block += 1
-        return self._verify_in[self._block - 1]
+        self.left_to_verify = verify
 
     def add(
         self,

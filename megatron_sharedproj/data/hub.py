@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sharedproj.data.records import SourceError
-
-_SPLITS = dict(train="train", validation="validation", valid="validation", val="validation", test="test")
+from megatron_sharedproj.data.sources import SPLITS
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def discover_hub(
     for split, stream in splits.items():
         count = max(1, int(getattr(stream, "num_shards", 1)))
         shards = [HubShard(dataset, config, revision, split, index, count) for index in range(count)]
-        found.setdefault(_SPLITS.get(split, split), []).extend(shards)
+        found.setdefault(SPLITS.get(split, split), []).extend(shards)
     return found
 
 

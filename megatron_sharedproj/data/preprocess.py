@@ -95,6 +95,7 @@ class _Run:
         self._corpus, self._assembly, self._journal = corpus, assembly, journal
         self._tokenizer, self._engine, self._options = tokenizer, engine, options
         self._counts = Counts()  # of this run
+        self._verified = 0
 
     def run(self) -> None:
         assembly, total = self._assembly, float(sum(self._corpus.sizes))
@@ -182,6 +183,7 @@ class _Run:
                         running_bytes.pop(number)
                         seen[number] += counts.text_bytes
                         self._counts.add(counts)
+                        self._verified += event.value.verified
                         schedule.finished(task, event.value.ended)
                         self._assembly.known[task] = event.value
                         self._assembly.done_bytes += event.value.position
@@ -192,6 +194,8 @@ class _Run:
                 if self._progress.due():
                     self._show(running.values(), sum(running_bytes.values()))
         self._show([], 0.0, end=True)
+        if options.verify:
+            self._progress.message(f"{self._verified} documents of this run verified with HF tokenizers")
 
     def _again(self, why: str, task: Task | None, attempts: Counter[Task], schedule: Schedule) -> None:
         if task is None:

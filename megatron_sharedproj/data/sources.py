@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_sharedproj.data.records import SourceError, source_of_path
 
 EXTENSIONS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.zst", ".zst", ".parquet", ".arrow")
-_SPLITS = dict(train="train", validation="validation", valid="validation", val="validation", test="test")
+SPLITS = dict(train="train", validation="validation", valid="validation", val="validation", test="test")
 # Hugging Face Hub's shard names (train-00000-of-00048.parquet) carry the split where no directory does.
 _SHARD_NAME = re.compile(r"^(train|validation|valid|val|test)-\d+-of-\d+\b")
 
@@ -103,7 +103,7 @@ def _split_of(root: Path, file: Path) -> str:
     """Split of a file found under the input `root` (or of a file given by itself)."""
     inside = file.relative_to(root).parts[:-1]
     for part in () if file == root else (Path(os.path.abspath(root)).name, *inside):
-        if part in _SPLITS:
-            return _SPLITS[part]
+        if part in SPLITS:
+            return SPLITS[part]
     shard = _SHARD_NAME.match(file.name)
-    return _SPLITS[shard.group(1)] if shard else ""
+    return SPLITS[shard.group(1)] if shard else ""

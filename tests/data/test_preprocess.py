@@ -125,7 +125,12 @@ def same_files(ours: Path, theirs: Path) -> bool:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_bytes_are_those_of_megatron_for_any_number_of_workers(
-    tree: Path, tokenizer_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+    tree: Path,
+    tokenizer_dir: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    engine: str,
 ) -> None:
     if engine != "tokenizers":
         pytest.importorskip(engine)
@@ -143,6 +148,8 @@ def test_bytes_are_those_of_megatron_for_any_number_of_workers(
     one, three = (manifest_of(tmp_path / folder / "out_train_text_document") for folder in ("1", "3"))
     assert replace(one, created=None) == replace(three, created=None)
     assert one.tokenizer.engine == engine
+    verified = re.findall(r"(\d+) documents of this run verified", capsys.readouterr().err)
+    assert len(verified) == 2 and all(50 <= int(count) <= len(TRAIN) for count in verified)
 
 
 def test_tokens_read_back_as_the_text(tree: Path, tokenizer_dir: str, tmp_path: Path) -> None:
