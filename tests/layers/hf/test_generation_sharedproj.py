@@ -1,0 +1,165 @@
+"""generate() with the one-tensor cache: the same tokens, in half the memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from megatron_sharedproj.layers.hf import BLOCK, SharedKVLayer, SharedKVStaticLayer, SharedProjCache
+from tiny_hf import EIGHT, MODELS, H, build, needs_kernel, tokens
+
+GREEDY: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True}
+KINDS = {"dynamic": {}, "static": {"cache_implementation": "static"}}
+
+
+def generate(model: Any, ids: torch.Tensor, new: int = 24, **options: Any) -> Any:
+    return model.generate(ids, max_new_tokens=new, **{**GREEDY, **options})
+
+
+@pytest.mark.parametrize("name", [*EIGHT, "rope", "rope_q_eq_k"])
+def test_200_greedy_tokens(name: str) -> None:
+    model, ids = build(name), tokens(2, 8)
+    cached = generate(model, ids, 200)
+    assert cached.sequences.shape == (2, 208)
+    assert cached.sequences[:, 8:].unique().numel() > 4, "a constant continuation shows little"
+    # All at once: each token must be the best one after those before it.
+    with torch.no_grad():
+        best = model(cached.sequences[:, :-1], use_cache=False).logits.argmax(-1)
+    assert torch.equal(best[:, 7:], cached.sequences[:, 8:])
+
+
+@pytest.mark.parametrize("way", [pytest.param("kernel", marks=needs_kernel), "sdpa"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", MODELS)
+def test_cache_on_and_off(name: str, kind: str, way: str) -> None:
+    model, ids = build(name), tokens()
+    model.config.use_compiled_kernel = way == "kernel"
+    expected = generate(model, ids, use_cache=False).sequences
+    found = generate(model, ids, **KINDS[kind])
+    assert torch.equal(found.sequences, expected)
+    cache = found.past_key_values
+    assert isinstance(cache, SharedProjCache)
+    layer = SharedKVLayer if kind == "dynamic" else SharedKVStaticLayer
+    assert all(type(x) is layer for x in cache.layers)
+
+
+def test_cache_bytes_after_generation() -> None:
+    """Live storage: K=V half of qkv's, and m g / (2 h) of it with g groups (paper, section 3)."""
+    for kind, room in (("dynamic", BLOCK), ("static", 9 + 24)):
+        measured = {}
+        for name in EIGHT:
+            cache = generate(build(name), tokens(), **KINDS[kind]).past_key_values
+            storages = {
+                x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+                for layer in cache.layers
+                for x in (layer.keys, layer.values)
+            }
+            measured[name] = sum(storages.values())
+            assert measured[name] == cache.nbytes()
+        full = measured["qkv"]
+        slack = 2 if kind == "static" else 0  # transformers 5.8 leaves out the last token's place
+        assert full <= 2 * 2 * 2 * room * H * 8 * 4
+        assert full >= 2 * 2 * 2 * (room - slack) * H * 8 * 4
+        fractions = {name: size / full for name, size in measured.items()}
+        assert fractions == {
+            "qkv": 1, "q_eq_k": 1, "qk_eq_v": 1 / 2, "q_eq_k_eq_v": 1 / 2,
+            "qkv-2": 1 / 2, "qkv-1": 1 / 4, "qk_eq_v-2": 1 / 4, "qk_eq_v-1": 1 / 8,
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["qkv", "qk_eq_v", "q_eq_k_eq_v", "qk_eq_v-1", "rope"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"num_beams": 3, "cache_implementation": "static"},
+        {"prefill_chunk_size": 4},
+        {"prefill_chunk_size": 4, "cache_implementation": "static"},
+    ],
+    ids=str,
+)
+def test_ways_of_generating(name: str, options: dict[str, Any]) -> None:
+    model, ids = build(name), tokens()
+    without = {k: v for k, v in options.items() if k not in ("cache_implementation", "prefill_chunk_size")}
+    expected = generate(model, ids, use_cache=False, **without).sequences
+    found = generate(model, ids, **options)
+    assert torch.equal(found.sequences, expected)
+    assert isinstance(found.past_key_values, SharedProjCache)
+
+
+@pytest.mark.parametrize("name", ["qkv", "qk_eq_v", "qk_eq_v-1", "rope"])
+def test_assisted_generation_and_prompt_lookup(name: str) -> None:
+    model, ids = build(name), tokens(1, 9)
+    expected = generate(model, ids).sequences
+    # Helpers that are often right, and often wrong: the cache is rolled back.
+    close = build(name)
+    with torch.no_grad():
+        for parameter in close.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    for assistant in (close, build("qk_eq_v-2", seed=5)):
+        found = generate(model, ids, assistant_model=assistant)
+        assert torch.equal(found.sequences, expected)
+        assert isinstance(found.past_key_values, SharedProjCache)
+    repeated = torch.cat([ids, expected[:, 9:20], ids], 1)
+    expected = generate(model, repeated).sequences
+    # An end token: transformers 5.8 cannot look prompts up without one.
+    found = generate(model, repeated, prompt_lookup_num_tokens=3, eos_token_id=10**6)
+    assert torch.equal(found.sequences, expected)
+    assert isinstance(found.past_key_values, SharedProjCache)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", MODELS)
+def test_left_padding(name: str, kind: str) -> None:
+    model, ids = build(name), tokens(3, 9)
+    mask = torch.ones_like(ids)
+    mask[0, :4], mask[2, :1] = 0, 0
+    found = generate(model, ids, attention_mask=mask, pad_token_id=0, **KINDS[kind]).sequences
+    for row, start in ((0, 4), (1, 0), (2, 1)):
+        alone = generate(model, ids[row : row + 1, start:]).sequences
+        assert torch.equal(found[row : row + 1, start:], alone)
+
+
+@pytest.mark.parametrize("name", ["qkv", "qk_eq_v", "rope"])
+def test_a_cache_from_the_user(name: str) -> None:
+    model, ids = build(name), tokens()
+    expected = generate(model, ids).sequences
+    theirs = DynamicCache(config=model.config)
+    assert torch.equal(generate(model, ids, past_key_values=theirs).sequences, expected)
+    layer = theirs.layers[0]
+    assert layer.keys.data_ptr() != layer.values.data_ptr()
+    static = StaticCache(config=model.config, max_cache_len=48)
+    assert torch.equal(generate(model, ids, past_key_values=static).sequences, expected)
+    ours = SharedProjCache(model.config)
+    assert torch.equal(generate(model, ids, 10, past_key_values=ours).sequences, expected[:, :19])
+    # Continue where it stopped.
+    assert torch.equal(generate(model, expected[:, :19], 14, past_key_values=ours).sequences, expected)
+    with torch.no_grad():
+        assert isinstance(model(ids, use_cache=True).past_key_values, SharedProjCache)
+
+
+def test_a_static_cache_is_never_shorter_than_before() -> None:
+    model, ids = build("qk_eq_v"), tokens()
+    lengths = [
+        generate(model, ids, new, **KINDS["static"]).past_key_values.get_max_length() for new in (20, 5, 30)
+    ] if hasattr(StaticCache, "get_max_length") else [
+        generate(model, ids, new, **KINDS["static"]).past_key_values.layers[0].max_cache_len
+        for new in (20, 5, 30)
+    ]  # fmt: skip
+    assert lengths[0] == lengths[1] < lengths[2]
+
+
+@pytest.mark.slow
+def test_compiled_generation() -> None:
+    from transformers import CompileConfig
+
+    model, ids = build("qk_eq_v"), tokens()
+    expected = generate(model, ids).sequences
+    options = CompileConfig(fullgraph=True, mode="default")
+    options._compile_all_devices = True  # transformers compiles on a CPU only if told
+    found = generate(model, ids, cache_implementation="static", compile_config=options)
+    assert torch.equal(found.sequences, expected)
