@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 
@@ -23,6 +23,37 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         print_error(f"{message.removeprefix('argument ')}; see --help")
         self.exit(2)
+
+
+def list_of(kind: Callable[[str], object], choices: Sequence[str] = ()) -> Callable[[str], tuple[Any, ...]]:
+    """An argparse type: values of a kind with commas between them, each once."""
+
+    def parse(text: str) -> tuple[Any, ...]:
+        values = [kind(part.strip()) for part in text.split(",")]
+        for value in values:
+            if choices and value not in choices:
+                raise argparse.ArgumentTypeError(f"{value!r} is unknown; choose from {', '.join(choices)}")
+        return tuple(dict.fromkeys(values))
+
+    return parse
+
+
+def positive_int(text: str) -> int:
+    """An argparse type: 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0; give one like 8")
+    return int(text)
+
+
+def positive_float(text: str) -> float:
+    """An argparse type: above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0; give one like 2.5")
+    return value
 
 
 def print_error(message: object) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -14,7 +14,14 @@ try:
 except ModuleNotFoundError:  # a bare clone
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_sharedproj.command_line import Parser, UsageError, print_error
+from megatron_sharedproj.command_line import (
+    Parser,
+    UsageError,
+    list_of,
+    positive_float,
+    positive_int,
+    print_error,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,44 +40,13 @@ A flag replaces the preset's choice, for all its cases. The table shows the time
 """
 
 
-def list_of(kind: Callable[[str], object], choices: Sequence[str] = ()) -> Callable[[str], tuple]:
-    """An argparse type: values of a kind with commas between them, each once."""
-
-    def parse(text: str) -> tuple:
-        values = [kind(part.strip()) for part in text.split(",")]
-        for value in values:
-            if choices and value not in choices:
-                raise argparse.ArgumentTypeError(f"{value!r} is unknown; choose from {', '.join(choices)}")
-        return tuple(dict.fromkeys(values))
-
-    return parse
-
-
-def positive(text: str) -> int:
-    """An argparse type: 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0; give one like 8")
-    return int(text)
-
-
-def seconds(text: str) -> float:
-    """An argparse type: a time above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time above 0; give seconds like 2.5")
-    return value
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     from megatron_sharedproj.profiling.attention_bench import IMPLEMENTATIONS
     from megatron_sharedproj.profiling.attention_cases import DTYPES, LAYOUTS, MASKS, OPS, PRESETS
 
     parser = Parser(description=__doc__, epilog=EXAMPLE)
-    numbers = list_of(positive)
+    numbers = list_of(positive_int)
 
     def names(choices: Sequence[str]) -> dict:
         return {"type": list_of(str, tuple(choices)), "metavar": "A,B", "help": ", ".join(choices)}
@@ -89,15 +65,19 @@ def build_parser() -> argparse.ArgumentParser:
     cases.add_argument("--head-sizes", type=numbers, metavar="N,M")
     cases.add_argument("--seq-lengths", type=numbers, metavar="N,M", help="of fwd, bwd and fwdbwd")
     size = cases.add_mutually_exclusive_group()
-    size.add_argument("--batch", type=positive, metavar="N", help="sequences of fwd, bwd and fwdbwd")
-    size.add_argument("--tokens", type=positive, metavar="N", help="the same as batch x length")
+    size.add_argument("--batch", type=positive_int, metavar="N", help="sequences of fwd, bwd and fwdbwd")
+    size.add_argument("--tokens", type=positive_int, metavar="N", help="the same as batch x length")
     cases.add_argument("--decode-batches", type=numbers, metavar="N,M")
     cases.add_argument("--decode-contexts", type=numbers, metavar="N,M", help="tokens in the cache")
-    cases.add_argument("--page-size", type=positive, metavar="N", help="page the extension's decode cache")
+    cases.add_argument(
+        "--page-size", type=positive_int, metavar="N", help="page the extension's decode cache"
+    )
     how = parser.add_argument_group("measurement")
     how.add_argument("--implementations", **names(tuple(IMPLEMENTATIONS)))
-    how.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's)")
-    how.add_argument("--budget-seconds", type=seconds, metavar="S", help="per case (default: the preset's)")
+    how.add_argument("--threads", type=positive_int, metavar="N", help="CPU threads (default: torch's)")
+    how.add_argument(
+        "--budget-seconds", type=positive_float, metavar="S", help="per case (default: the preset's)"
+    )
     files = parser.add_argument_group("files")
     files.add_argument("--output", type=Path, metavar="CSV", help="one row per implementation and case")
     files.add_argument("--resume", action="store_true", help="skip what --output has already, and add to it")

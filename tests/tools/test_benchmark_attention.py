@@ -129,7 +129,7 @@ def test_a_file_of_something_else_is_left_alone(tool: Tool) -> None:
         (["--groups", "3"], ["--groups 3", "divides none of the heads 8"]),
         (["--page-size", "96"], ["--page-size 96", "multiples of 64"]),
         (["--page-size", "64", "--decode-contexts", "100"], ["--page-size 64", "does not divide", "100"]),
-        (["--budget-seconds", "0"], ["--budget-seconds", "'0' is not a time above 0"]),
+        (["--budget-seconds", "0"], ["--budget-seconds", "'0' is not a number above 0"]),
         (["--batch", "2", "--tokens", "64"], ["--tokens", "--batch"]),
         (["--resume"], ["--resume", "give --output"]),
         (["--output", "none/out.csv"], ["--output none/out.csv", "not a folder"]),
