@@ -33,8 +33,12 @@ class LoadedModel:
     train_state: dict[str, Any]
 
 
-def add_loading_args(parser: argparse.ArgumentParser) -> None:
-    """Flags of every tool that starts from a checkpoint."""
+def add_loading_args(parser: argparse.ArgumentParser, *, parallel: bool = True) -> None:
+    """Flags of every tool that starts from a checkpoint.
+
+    Args:
+        parallel: False for a tool that works in one process and in float32.
+    """
     group = parser.add_argument_group("checkpoint")
     group.add_argument(
         "--load", required=True, metavar="PATH", help="a --save folder, or one iter_NNNNNNN of it"
@@ -43,6 +47,9 @@ def add_loading_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tokenizer-model", help="directory of the tokenizer, where it moved")
     group.add_argument("--vocab-file")
     group.add_argument("--merge-file")
+    if not parallel:
+        parser.set_defaults(tensor_model_parallel_size=1, bf16=False)
+        return
     group.add_argument("--tensor-model-parallel-size", type=int, default=1, help="under torchrun (default 1)")
     group.add_argument("--bf16", action="store_true", help="run in bfloat16")
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
 from megatron_sharedproj.layers.core_attention import SharedProjectionCoreAttention
-from megatron_sharedproj.layers.kv_cache import alias_tied_cache
+from megatron_sharedproj.layers.kv_cache import CacheContext, alias_tied_cache
 from megatron_sharedproj.variants import get_variant
 
 
@@ -35,6 +36,38 @@ class SharedProjectionSelfAttention(SelfAttention):
         super().__init__(config, submodules, layer_number, *args, **kwargs)
         if isinstance(self.core_attention, SharedProjectionCoreAttention):
             self.core_attention.tied_kv = self.variant.tied_kv
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Megatron's, or with a CacheContext this package's own cached attention.
+
+        Args:
+            hidden_states: [s, b, d].
+        Returns:
+            output [s, b, d], and its bias, which the layer adds.
+        """
+        context = kwargs.get("inference_context")
+        if not isinstance(context, CacheContext):
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        query, key, value = self.get_query_key_value_tensors(hidden_states)
+        angles = kwargs.get("rotary_pos_emb")
+        if angles is not None:
+            if self.variant.tied_kv:
+                raise ValueError(
+                    f"--position-embedding-type rope: the cache of --attention-variant {self.variant.name} "
+                    "has no tensor for values apart from rotated keys; use learned positions"
+                )
+            # [t, 1, 1, r] -> each sequence's own positions, [s, b, 1, r]. The cache stores rotated keys.
+            angles = angles[context.positions.t(), 0]
+            tied = key is query
+            query = self._rotate(query, angles)
+            key = query if tied else self._rotate(key, angles)
+        out = context.attend(self.layer_number - 1, query, key, value, self.core_attention.scale)
+        return self.linear_proj(out.flatten(-2))
+
+    def _rotate(self, x: Tensor, angles: Tensor) -> Tensor:
+        return apply_rotary_pos_emb(x, angles, config=self.config, cp_group=self.pg_collection.cp)
 
     def get_query_key_value_tensors(
         self,

@@ -1,16 +1,342 @@
-"""The key/value cache of a tied variant: one buffer per layer, where Megatron allocates two.
+"""Key/value caches that hold a tied key/value once.
 
-Works on megatron.core's StaticInferenceContext: key_value_memory_dict maps a layer number to
-(key buffer, value buffer), each [t, b, g, e]. For a tied variant both entries are the same buffer.
+KVCache is this package's own: pages of 64 tokens or more, taken by sequences of any lengths. CacheContext
+hands it to a Megatron-Core GPTModel. alias_tied_cache serves users of Megatron's StaticInferenceContext,
+whose key_value_memory_dict maps a layer number to (key buffer, value buffer), each [t, b, g, e]: for a tied
+variant both entries are the same buffer.
 
-Shape legend: t maximum length, b batch, g groups on this rank, e head size.
+Shape legend: s new tokens, t maximum length, b batch, h heads on this rank, g groups on this rank,
+e head size, p pages of the pool, n tokens of a page.
 """
 
 from __future__ import annotations
 
+import contextlib
+import heapq
+from collections.abc import Sequence
 from typing import Any
 
+import torch
+from megatron.core.inference.contexts.static_context import StaticInferenceContext
 from torch import Tensor
+
+from megatron_sharedproj.ops.attention import attention
+from megatron_sharedproj.ops.decode import decode
+from megatron_sharedproj.ops.paths import DECODE_QUERIES, Request, refusal
+
+PAGE_MULTIPLE = 64  # the decode kernels take pages of a multiple of this
+_GROWTH = 1.5
+
+
+class OutOfPages(RuntimeError):
+    """A pool with a fixed number of pages has too few free ones."""
+
+
+class KVCache:
+    """Cached tensors of all layers, each [p, n, g, e]: one per layer where key and value are tied, else two.
+
+    A sequence has a slot, and its slot a row of the block table: the pages that hold its tokens, in order.
+    Contiguous is the special case of one page per sequence.
+
+    Args:
+        layers: layers of the model on this rank (no pipeline parallelism).
+        tensors: cached tensors of a layer, ``len(variant.cached)``.
+        groups: key/value heads on this rank; head_size: their elements.
+        max_sequences: slots.
+        max_tokens: length that one sequence may reach.
+        page_size: tokens of a page, a multiple of 64; None: contiguous, max_tokens rounded up.
+        pages: fixed size of the pool; None: contiguous has one per slot, a paged pool grows.
+        dtype, device: of the storage.
+    Raises:
+        ValueError: for sizes out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        tensors: int,
+        groups: int,
+        head_size: int,
+        max_sequences: int,
+        max_tokens: int,
+        page_size: int | None = PAGE_MULTIPLE,
+        pages: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        if page_size is not None and (page_size < 1 or page_size % PAGE_MULTIPLE):
+            raise ValueError(f"--page-size {page_size}: must be a multiple of {PAGE_MULTIPLE}")
+        if max_sequences < 1 or max_tokens < 1 or tensors not in (1, 2):
+            raise ValueError(
+                f"cache of {max_sequences} sequences, {max_tokens} tokens, {tensors} tensors: must be at "
+                "least 1 each, and 1 or 2 tensors"
+            )
+        if page_size is None:
+            page_size = -(-max_tokens // PAGE_MULTIPLE) * PAGE_MULTIPLE
+            pages = max_sequences if pages is None else pages
+        self.page_size, self.max_sequences, self.max_tokens = page_size, max_sequences, max_tokens
+        per_sequence = self.pages_for(max_tokens)
+        self._limit = max_sequences * per_sequence if pages is None else pages
+        self.lengths = [0] * max_sequences
+        self.block_table = torch.zeros(max_sequences, per_sequence, dtype=torch.int32)
+        self._pages: list[list[int]] = [[] for _ in range(max_sequences)]
+        # Heaps: the lowest first, so that contiguous sequences lie in the order of their slots.
+        self._free_slots = list(range(max_sequences))
+        self._free_pages: list[int] = []
+        # Only the pool's length changes later.
+        self._storage = [
+            [torch.empty(0, page_size, groups, head_size, dtype=dtype, device=device) for _ in range(tensors)]
+            for _ in range(layers)
+        ]
+        if pages is not None:
+            self._resize(pages)
+
+    @classmethod
+    def for_model(cls, model: Any, variant: Any, **sizes: Any) -> KVCache:
+        """The cache of a Megatron-Core GPTModel on this rank.
+
+        Args:
+            variant: variants.AttentionVariant of the model.
+            sizes: max_sequences, max_tokens, page_size and pages as in the class.
+        """
+        attention_layer = model.decoder.layers[0].self_attention
+        parameter = next(model.parameters())
+        return cls(
+            layers=len(model.decoder.layers),
+            tensors=len(variant.cached),
+            groups=attention_layer.num_query_groups_per_partition,
+            head_size=attention_layer.hidden_size_per_attention_head,
+            dtype=model.config.params_dtype,
+            device=parameter.device,
+            **sizes,
+        )
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that a sequence of so many tokens takes."""
+        return -(-tokens // self.page_size)
+
+    @property
+    def pages(self) -> int:
+        """Pages that are allocated, free ones included."""
+        return self._storage[0][0].shape[0]
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that a sequence can still get; a pool that grows counts those that it may add."""
+        return len(self._free_pages) + self._limit - self.pages
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the allocated pages hold."""
+        return self.pages * self.page_size
+
+    @property
+    def tied(self) -> bool:
+        return len(self._storage[0]) == 1
+
+    def nbytes(self) -> int:
+        """Bytes of the storage, measured; ``tokens`` times formulas.kv_cache_bytes_per_token on one rank."""
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in self.tensors()}
+        return sum(storages.values())
+
+    def tensors(self) -> list[Tensor]:
+        """All cached tensors [p, n, g, e], layer by layer."""
+        return [tensor for layer in self._storage for tensor in layer]
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor | None]:
+        """Key and value [p, n, g, e] of a layer (from 0); the value is None where they are tied."""
+        stored = self._storage[layer]
+        return stored[0], None if len(stored) == 1 else stored[1]
+
+    def pages_of(self, slot: int) -> list[int]:
+        """Pages of a sequence, in order."""
+        return list(self._pages[slot])
+
+    def check_room(self, tokens: int) -> None:
+        """Raise OutOfPages if a sequence of so many tokens cannot have room even when it is alone."""
+        needed = self.pages_for(tokens)
+        if needed > self._limit:
+            raise OutOfPages(
+                f"key/value cache: a sequence of {tokens} tokens needs {needed} pages of {self.page_size} "
+                f"tokens, there are {self._limit} in all; give it more pages, or a shorter sequence"
+            )
+
+    def allocate(self) -> int:
+        """Take a slot for a new, empty sequence.
+
+        Raises:
+            OutOfPages: if all slots are taken.
+        """
+        if not self._free_slots:
+            raise OutOfPages(f"key/value cache: all {self.max_sequences} sequences are in use; release one")
+        return heapq.heappop(self._free_slots)
+
+    def extend(self, slots: Sequence[int], tokens: int) -> None:
+        """Make room for as many more tokens in each sequence: all of them, or none and an error.
+
+        Raises:
+            ValueError: beyond max_tokens.
+            OutOfPages: naming how many pages are needed.
+        """
+        wanted = {}
+        for slot in slots:
+            length = self.lengths[slot] + tokens
+            if length > self.max_tokens:
+                raise ValueError(
+                    f"key/value cache: {length} tokens in one sequence, it was made for {self.max_tokens}"
+                )
+            wanted[slot] = self.pages_for(length) - len(self._pages[slot])
+        needed = sum(wanted.values())
+        if needed > self.free_pages:
+            raise OutOfPages(
+                f"key/value cache: {needed} more page(s) of {self.page_size} tokens are needed, "
+                f"{self.free_pages} of {self._limit} are free; give it more pages, or fewer or shorter "
+                "sequences at once"
+            )
+        if needed > len(self._free_pages):
+            short = self.pages + needed - len(self._free_pages)
+            self._resize(min(self._limit, max(short, int(_GROWTH * self.pages))))
+        for slot, count in wanted.items():
+            own = self._pages[slot]
+            for _ in range(count):
+                page = heapq.heappop(self._free_pages)
+                self.block_table[slot, len(own)] = page
+                own.append(page)
+            self.lengths[slot] += tokens
+
+    def release(self, slot: int) -> None:
+        """Give a sequence's slot and pages back."""
+        for page in self._pages[slot]:
+            heapq.heappush(self._free_pages, page)
+        self._pages[slot] = []
+        self.lengths[slot] = 0
+        self.block_table[slot] = 0
+        heapq.heappush(self._free_slots, slot)
+
+    def gather(self, layer: int, slot: int) -> tuple[Tensor, Tensor]:
+        """Key and value [length, g, e] of a sequence; one tensor where they are tied."""
+        pages, length = self._pages[slot], self.lengths[slot]
+        found = []
+        for stored in self._storage[layer]:
+            # One page is a view; several are copied into one piece.
+            whole = stored[pages[0]] if len(pages) == 1 else stored[pages].flatten(0, 1)
+            found.append(whole[:length])
+        return found[0], found[-1]
+
+    def _resize(self, pages: int) -> None:
+        before = self.pages
+        for stored in self._storage:
+            for index, old in enumerate(stored):  # one at a time: the old and new pool of one tensor exist
+                stored[index] = old.new_empty(pages, *old.shape[1:])
+                stored[index][:before] = old
+        for page in range(before, pages):
+            heapq.heappush(self._free_pages, page)
+
+
+class CacheContext(StaticInferenceContext):
+    """Hands a KVCache to Megatron-Core's GPTModel, for the sequences of one forward after another.
+
+    Usage: ``prepare(slots, s)``, then the model on tokens [b, s] with ``positions`` and
+    ``inference_context=context``. SharedProjectionSelfAttention recognises it.
+
+    Attributes:
+        slots, starts: the sequences of this forward, and their lengths before it.
+        positions: int64 [b, s], of the new tokens in their sequences.
+    """
+
+    def __init__(self, cache: KVCache, *, last_token_only: bool = True):
+        super().__init__(cache.max_sequences, cache.max_tokens)
+        self.cache = cache
+        self.last_token_only = last_token_only
+        # The switch moved into a configuration object in megatron-core 0.17.
+        holder = self.config if hasattr(self, "config") else self
+        holder.materialize_only_last_token_logits = last_token_only
+        self.slots: list[int] = []
+        self.starts: list[int] = []
+
+    def prepare(self, slots: Sequence[int], new_tokens: int) -> None:
+        """Make room for the next tokens of these sequences, and find where they go.
+
+        Raises:
+            ValueError, OutOfPages: as :meth:`KVCache.extend`.
+        """
+        cache, device = self.cache, self.cache.tensors()[0].device
+        self.slots, self.starts = list(slots), [cache.lengths[slot] for slot in slots]
+        cache.extend(slots, new_tokens)
+        self.positions = torch.tensor(self.starts)[:, None] + torch.arange(new_tokens)
+        lengths = [start + new_tokens for start in self.starts]
+        table = cache.block_table[self.slots, : cache.pages_for(max(lengths))]
+        pages = table.gather(1, self.positions // cache.page_size)
+        rows = pages * cache.page_size + self.positions % cache.page_size
+        self.positions = self.positions.to(device)
+        # Time first, as the layers have it.
+        self._rows = rows.t().flatten().to(device)
+        self._seqlens = torch.tensor(lengths, dtype=torch.int32, device=device)
+        in_order = table.shape[1] == 1 and table.flatten().tolist() == list(range(len(slots)))
+        self._block_table = None if in_order else table.to(device)
+        self.decode_mode = all(self.starts)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Store the new keys and values of a layer, and attend to all that its sequences hold.
+
+        Args:
+            layer: from 0.
+            query: [s, b, h, e]; key, value: [s, b, g, e], one tensor where they are tied. Already rotated.
+            scale: factor on the scores.
+        Returns:
+            [s, b, h, e].
+        """
+        stored_key, stored_value = self.cache.layer(layer)
+        for stored, new in ((stored_key, key), (stored_value, value)):
+            if stored is not None:
+                stored.view(-1, *stored.shape[2:])[self._rows] = new.flatten(0, 1).to(stored.dtype)
+        if not any(self.starts):
+            return attention(query, key, value, causal=True, scale=scale)
+        if query.shape[0] <= DECODE_QUERIES and _kernel_decodes(query, stored_key, stored_value is None):
+            if self._block_table is None:
+                stored_key = stored_key[: len(self.slots)]
+                stored_value = None if stored_value is None else stored_value[: len(self.slots)]
+            out, _ = decode(
+                query.transpose(0, 1),
+                stored_key,
+                stored_value,
+                scale=scale,
+                seqlens_k=self._seqlens,
+                block_table=self._block_table,
+            )
+            return out.transpose(0, 1)
+        out = torch.empty_like(query)
+        for index, slot in enumerate(self.slots):
+            keys, values = (x[:, None] for x in self.cache.gather(layer, slot))
+            values = keys if self.cache.tied else values
+            one = slice(index, index + 1)
+            out[:, one] = attention(query[:, one], keys, values, causal=True, scale=scale)
+        return out
+
+
+def _kernel_decodes(query: Tensor, key: Tensor, tied: bool) -> bool:
+    # Without the kernel, ops.decode is its plain twin: SDPA on gathered keys is faster.
+    return not refusal(
+        Request(
+            device=query.device.type,
+            dtype=query.dtype,
+            head_size=query.shape[-1],
+            tied=tied,
+            queries=query.shape[0],
+            keys=key.shape[1],
+            capability=torch.cuda.get_device_capability(query.device) if query.is_cuda else None,
+        )
+    )
+
+
+def inference_mode() -> contextlib.AbstractContextManager[None]:
+    """What megatron-core from 0.17 on wants around a forward to compute the last token's logits alone."""
+    try:
+        from megatron.core.inference.utils import InferenceMode
+    except ImportError:
+        return contextlib.nullcontext()
+    return InferenceMode.active()
 
 
 def alias_tied_cache(attention: Any, context: Any, key: Tensor) -> None:
