@@ -171,6 +171,10 @@ class SlowTokenizer(Tokenizer):
     def encode_batch_parsing_special_tokens(self, texts: Sequence[str]) -> list[list[int]]:
         return [self._slow.encode(text, add_special_tokens=False) for text in texts]
 
+    def save(self, folder: str | Path) -> None:
+        """Write the files that transformers loads it from."""
+        self._slow.save_pretrained(str(folder))
+
     def special_tokens(self) -> dict[str, int]:
         return dict(zip(self._slow.all_special_tokens, self._slow.all_special_ids, strict=True))
 

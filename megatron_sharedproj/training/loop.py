@@ -221,6 +221,7 @@ class Trainer:
         if self.config.parallel.overlap_param_gather:
             # The gather would run in the next forward pass; until then a rank has updated its shard only.
             self.model.start_param_sync(force_sync=True)
+        padded = self.config.data.data_protocol == "padded"
         folder = save_checkpoint(
             self.config,
             self.device,
@@ -229,6 +230,7 @@ class Trainer:
             train_state={
                 "iteration": self.iteration,
                 "consumed_samples": self.consumed_samples,
+                "real_token_share": real_token_share(self.train_data) if padded else 1.0,
                 "schedule": self.schedule.state_dict(),
                 "log": self.log.state(),
             },

@@ -251,7 +251,9 @@ def test_no_bits_per_byte_without_bytes(tmp_path: Path) -> None:
 
 def test_an_unknown_protocol_is_refused(tmp_path: Path) -> None:
     prefix = write(tmp_path, make_documents())
-    with pytest.raises(ValueError, match=r"--protocol sliding: choose one of packed, padded or both"):
+    with pytest.raises(
+        ValueError, match=r"--protocol sliding: choose one of packed, padded, rolling or both"
+    ):
         evaluate(load(), prefix, protocol="sliding")
 
 

@@ -1,0 +1,1 @@
+"""Weights in and out: Hugging Face, stock architectures, GGUF, the paper's released checkpoints."""

@@ -1,0 +1,110 @@
+"""ModelConfig <-> the config.json of the Hugging Face form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_sharedproj.config import ModelConfig
+
+MODEL_TYPE = "sharedproj"
+
+# ModelConfig's field -> config.json's, where the value is the same.
+_SAME = {
+    "attention_variant": "attention_variant",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "kv_channels": "head_dim",
+    "max_position_embeddings": "max_position_embeddings",
+    "position_embedding_type": "position_embedding_type",
+    "normalization": "normalization",
+    "layernorm_epsilon": "norm_epsilon",
+    "add_bias_linear": "use_bias",
+    "qk_layernorm": "qk_layernorm",
+    "attention_dropout": "attention_dropout",
+    "hidden_dropout": "hidden_dropout",
+    "init_method_std": "initializer_range",
+}
+# activation -> (hidden_act, gated_mlp)
+_ACTIVATIONS = {"gelu": ("gelu", False), "gelu_tanh": ("gelu_pytorch_tanh", False), "swiglu": ("silu", True)}
+
+
+def hugging_face_config(
+    config: ModelConfig,
+    *,
+    vocab_size: int,
+    eos_token_id: int | None,
+    bos_token_id: int | None = None,
+    pad_token_id: int | None = None,
+    dtype: str = "float32",
+) -> dict[str, Any]:
+    """The config.json of an exported model.
+
+    Args:
+        vocab_size: rows of the exported embedding; Megatron's are kept as ``padded_vocab_size``.
+        dtype: name of the weights' torch dtype.
+    """
+    values: dict[str, Any] = {
+        "architectures": ["SharedProjForCausalLM"],
+        "model_type": MODEL_TYPE,
+        "vocab_size": vocab_size,
+        "padded_vocab_size": config.padded_vocab_size,
+    }
+    values.update({theirs: getattr(config, ours) for ours, theirs in _SAME.items()})
+    values["hidden_act"], values["gated_mlp"] = _ACTIVATIONS[config.activation]
+    values["tie_word_embeddings"] = not config.untie_embeddings_and_output_weights
+    values["rope_parameters"] = None
+    if config.position_embedding_type == "rope":
+        values["rope_parameters"] = {
+            "rope_type": "default",
+            "rope_theta": float(config.rotary_base),
+            "partial_rotary_factor": config.rotary_percent,
+        }
+    values.update(
+        eos_token_id=eos_token_id, bos_token_id=bos_token_id, pad_token_id=pad_token_id, dtype=dtype
+    )
+    return values
+
+
+def model_config(values: dict[str, Any]) -> ModelConfig:
+    """The ModelConfig of a config.json.
+
+    ``scaled_init`` is not in it: it says how weights were drawn, not what they compute.
+
+    Raises:
+        ValueError: for another kind of model, a missing field, or values that ModelConfig refuses.
+    """
+    if values.get("model_type") != MODEL_TYPE:
+        raise ValueError(f"model_type {values.get('model_type')!r}: expected {MODEL_TYPE!r}")
+    needed = {*_SAME.values(), "vocab_size", "hidden_act", "gated_mlp", "tie_word_embeddings"}
+    missing = sorted(needed - set(values))
+    if missing:
+        raise ValueError(f"config.json has no {', '.join(missing)}")
+    activation = (values["hidden_act"], values["gated_mlp"])
+    activations = {theirs: ours for ours, theirs in _ACTIVATIONS.items()}
+    if activation not in activations:
+        raise ValueError(
+            f"hidden_act {activation[0]!r} with gated_mlp {activation[1]}: known are "
+            + ", ".join(f"{name} ({'gated' if gated else 'plain'})" for name, gated in activations)
+        )
+    fields: dict[str, Any] = {ours: values[theirs] for ours, theirs in _SAME.items()}
+    if fields["position_embedding_type"] == "rope":
+        fields.update(_rotary(values.get("rope_parameters") or {}))
+    try:
+        return ModelConfig(
+            padded_vocab_size=values.get("padded_vocab_size") or values["vocab_size"],
+            activation=activations[activation],
+            untie_embeddings_and_output_weights=not values["tie_word_embeddings"],
+            **fields,
+        )
+    except TypeError as error:
+        raise ValueError(f"config.json has a value of the wrong kind: {error}") from None
+
+
+def _rotary(rope: dict[str, Any]) -> dict[str, Any]:
+    theta = rope.get("rope_theta", 10000.0)
+    if rope.get("rope_type", "default") != "default" or theta != int(theta):
+        raise ValueError(f"rope_parameters {rope}: supported is rope_type default with a whole rope_theta")
+    return {"rotary_base": int(theta), "rotary_percent": rope.get("partial_rotary_factor", 1.0)}

@@ -1,0 +1,117 @@
+"""The README.md of an exported model: what it is, how it was made and checked, what it cannot do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_sharedproj import formulas
+from megatron_sharedproj.config import ModelConfig, RunConfig
+
+_USE = {
+    "sharedproj": """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)
+inputs = tokenizer("The state of the Union", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))""",
+    "stock": """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")""",
+}
+
+
+def tokens_seen(run: RunConfig, state: dict[str, Any]) -> tuple[int, float | None]:
+    """Positions trained on, and the share of them that is real text (None: not recorded)."""
+    share = state.get("real_token_share", 1.0 if run.data.data_protocol == "packed" else None)
+    return int(state.get("consumed_samples", 0)) * run.train.seq_length, share
+
+
+def _training(run: RunConfig, state: dict[str, Any]) -> list[str]:
+    if origin := state.get("imported_from"):
+        return [f"Imported, not trained by this package: {origin}."]
+    positions, share = tokens_seen(run, state)
+    prefixes = [*run.data.train_data_path, *run.data.data_path]
+    names = [Path(part).name for part in prefixes if not part.replace(".", "", 1).isdigit()]
+    rows = [f"Data: {', '.join(names) or 'none recorded'}; rows are {run.data.data_protocol}."]
+    seen = f"{positions:,} positions in {state.get('iteration', 0):,} steps"
+    if share is None:
+        rows.append(f"Seen: {seen}; how many of them are real tokens was not recorded.")
+    elif share < 1:
+        rows.append(
+            f"Seen: {seen}, of which {round(positions * share):,} ({share:.1%}) are real tokens; the others "
+            "fill rows up and were scored, as in the paper."
+        )
+    else:
+        rows.append(f"Seen: {seen}, all of them real tokens.")
+    return rows
+
+
+def cache_line(config: ModelConfig) -> str:
+    """What the key/value cache costs in this package's own format."""
+    own = formulas.kv_cache_bytes_per_token(config)
+    full = formulas.kv_cache_bytes_per_token(
+        config.replace(attention_variant="qkv", num_query_groups=config.num_attention_heads)
+    )
+    return (
+        f"{own:,} bytes per token in 16 bits, {own / full:.3%} of the {full:,} of a model of this shape that "
+        "caches key and value of every head."
+    )
+
+
+def model_card(
+    run: RunConfig,
+    state: dict[str, Any],
+    *,
+    name: str,
+    format: str,
+    vocab_size: int,
+    cache: str,
+    checks: list[str],
+    notes: list[str],
+) -> str:
+    """The card as Markdown with the Hub's YAML header.
+
+    Args:
+        state: the checkpoint's train_state.json; format: value of ``--format``.
+        cache: what the format's cache costs; checks: how it was verified; notes: further limits.
+    """
+    config = run.model
+    variant = config.variant
+    counts = formulas.parameters(config)["total"]
+    shape = (
+        f"{config.num_layers} layers, hidden size {config.hidden_size}, {config.num_attention_heads} heads "
+        f"of {config.kv_channels}, {config.num_query_groups} key/value heads, "
+        f"{config.max_position_embeddings:,} positions ({config.position_embedding_type}), "
+        f"{config.normalization}, {config.activation}"
+    )
+    padding = config.padded_vocab_size - vocab_size
+    use = _USE["sharedproj" if format == "sharedproj" else "stock"].format(folder=name)
+    trained = _training(run, state)
+    sections = {
+        "Model": [
+            f"A language model whose attention is {variant.formula}, the paper's {variant.paper_name} "
+            f"(`{variant.name}`): projected are {', '.join(variant.projections)}, cached "
+            f"{' and '.join(variant.cached)}.",
+            f"{counts:,} parameters with Megatron's padded vocabulary: {shape}.",
+            f"Vocabulary: {vocab_size:,} rows"
+            + (
+                f"; {padding} rows of padding were cut off ({config.padded_vocab_size:,})."
+                if padding
+                else "."
+            ),
+        ],
+        "Training": trained,
+        "Cache": [cache],
+        "Verification": checks,
+        "Limits": [*notes, "A base model: no instruction tuning, no safety tuning."],
+    }
+    header = (
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- megatron_sharedproj\n---\n"
+    )
+    body = "\n".join(
+        f"## {title}\n\n" + "\n".join(f"- {line}" for line in lines) + "\n"
+        for title, lines in sections.items()
+    )
+    return f"{header}\n# {name}\n\n```python\n{use}\n```\n\n{body}"
