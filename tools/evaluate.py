@@ -1,9 +1,16 @@
 #!/usr/bin/env python3
-"""Evaluate a checkpoint. ``perplexity``: packed (real tokens only) and the paper's padded protocol."""
+"""Evaluate a model.
+
+perplexity: packed (real tokens only) and the paper's padded protocol, on a checkpoint.
+lm-eval: the paper's five tasks, or any other task of lm-eval, on a checkpoint or an exported directory.
+compare: results of several models side by side, as a table and a plot.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -12,20 +19,29 @@ try:
 except ModuleNotFoundError:  # a bare clone
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+# Progress bars belong on a terminal. tqdm looks once, when torch imports it.
+if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
 from megatron_sharedproj import distributed
 from megatron_sharedproj.command_line import Parser, run_distributed
 from megatron_sharedproj.config import write_json
-from megatron_sharedproj.data.inspection import validate_indexed
-from megatron_sharedproj.inference.loading import add_loading_args, load_model
 
 EXAMPLE = """example:
   python tools/evaluate.py perplexity --load runs/k_eq_v --data-path data/slimpajama_validation_text_document
   torchrun --nproc-per-node 2 tools/evaluate.py perplexity ...   (data parallel; or with
       --tensor-model-parallel-size 2)
+  python tools/fetch_eval_tasks.py --output eval_tasks
+  python tools/evaluate.py lm-eval --load runs/k_eq_v --include-path eval_tasks --num-fewshot 0,5 \\
+      --output k_eq_v.json
+  python tools/evaluate.py compare qkv.json k_eq_v.json --output compare.png
 """
 
 
 def build_parser() -> argparse.ArgumentParser:
+    from megatron_sharedproj.inference.loading import add_loading_args
+
     parser = Parser(description=__doc__, epilog=EXAMPLE)
     commands = parser.add_subparsers(dest="command", required=True)
     perplexity = commands.add_parser("perplexity", help="perplexity and bits per byte over indexed data")
@@ -34,28 +50,82 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--data-path", required=True, metavar="PREFIX", help="indexed data (without .bin)")
     group.add_argument(
         "--protocol",
-        choices=("packed", "padded", "both"),
+        choices=("packed", "padded", "both", "rolling"),
         default="packed",
-        help="packed: real tokens only (default); padded: the paper's, padding scored",
+        help="packed: real tokens only (default); padded: the paper's, padding scored; both: these two; "
+        "rolling: as lm-eval's perplexity tasks, each document by itself",
     )
     group.add_argument("--seq-length", type=int, default=0, help="tokens per row (default: the run's)")
     group.add_argument("--micro-batch-size", type=int, default=8, help="rows per forward pass")
     group.add_argument("--max-tokens", type=int, default=0, help="use the first N tokens (default: all)")
     group.add_argument("--output", type=Path, metavar="FILE", help="also write the figures as JSON")
+    perplexity.set_defaults(run=run_perplexity)
+    _add_lm_eval(commands)
+    compare = commands.add_parser("compare", help="lm-eval results of several models side by side")
+    compare.add_argument("results", nargs="+", type=Path, metavar="FILE", help="what lm-eval --output wrote")
+    compare.add_argument("--output", type=Path, metavar="PNG", help="also draw the accuracies")
+    compare.set_defaults(run=run_compare)
     return parser
 
 
-def run(args: argparse.Namespace) -> None:
+def _add_lm_eval(commands: argparse._SubParsersAction[Parser]) -> None:
+    from megatron_sharedproj.inference.loading import add_loading_args
+
+    # --load is required elsewhere; here it is one of two, so the flag is given again.
+    parser = commands.add_parser(
+        "lm-eval",
+        help="tasks of lm-eval",
+        description="Tasks of lm-eval on a Megatron checkpoint (--load) or an exported directory (--hf).",
+        conflict_handler="resolve",
+    )
+    add_loading_args(parser)
+    parser.add_argument("--load", metavar="PATH", help="a --save folder, or one iter_NNNNNNN of it")
+    group = parser.add_argument_group("exported directory, instead of a checkpoint")
+    group.add_argument("--hf", type=Path, metavar="DIR", help="its Python files are run (trust_remote_code)")
+    group.add_argument("--device", help="default: cuda where a GPU is visible, else cpu")
+    group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: auto")
+    group = parser.add_argument_group("tasks")
+    group.add_argument(
+        "--tasks",
+        metavar="NAME,NAME",
+        help="tasks, groups or tags; default: the paper's five (hellaswag, piqa, arc_easy, arc_challenge, "
+        "winogrande), from --include-path where it holds a group paper_five",
+    )
+    group.add_argument(
+        "--num-fewshot",
+        default="0",
+        metavar="N,N",
+        help="examples before the question (default 0), a run each",
+    )
+    group.add_argument("--include-path", type=Path, metavar="DIR", help="folder of further task YAML files")
+    group.add_argument("--limit", type=int, metavar="N", help="the first N documents of each task")
+    group.add_argument("--batch-size", type=int, default=8, help="rows per forward pass (default 8)")
+    group.add_argument("--seed", type=int, default=1234, help="of the choice of examples (default 1234)")
+    group.add_argument(
+        "--output",
+        type=Path,
+        metavar="PATH",
+        help="write the results: a .json file, or a folder for lm_eval.json",
+    )
+    group.add_argument(
+        "--log-samples", action="store_true", help="also write each document with the model's answers"
+    )
+    parser.set_defaults(run=run_lm_eval)
+
+
+def run_perplexity(args: argparse.Namespace) -> None:
     if args.output and not args.output.parent.is_dir():
         raise ValueError(f"--output {args.output}: {args.output.parent} is not a folder")
-    from megatron_sharedproj.evaluation.perplexity import PROTOCOLS, evaluate_perplexity
+    from megatron_sharedproj.data.inspection import validate_indexed
+    from megatron_sharedproj.evaluation.perplexity import evaluate_perplexity
+    from megatron_sharedproj.inference.loading import load_model
 
     for suffix in (".bin", ".idx"):
         if not Path(args.data_path + suffix).is_file():
             raise ValueError(f"--data-path {args.data_path}: {args.data_path}{suffix} does not exist")
     loaded = load_model(args, parallel_output=True)
     validate_indexed(args.data_path, loaded.tokenizer.vocab_size)
-    chosen = PROTOCOLS if args.protocol == "both" else (args.protocol,)
+    chosen = ("packed", "padded") if args.protocol == "both" else (args.protocol,)
     first = distributed.is_rank_0()
     results = {
         protocol: evaluate_perplexity(
@@ -85,9 +155,78 @@ def run(args: argparse.Namespace) -> None:
         write_json(args.output, {"checkpoint": str(loaded.folder), "data": args.data_path, **results})
 
 
+def run_lm_eval(args: argparse.Namespace) -> None:
+    from megatron_sharedproj.evaluation.lm_eval_record import Plan, make_record, output_file, write_record
+    from megatron_sharedproj.profiling.attention_results import commit
+    from megatron_sharedproj.reporting.lm_eval_table import score_table
+
+    if (args.load is None) == (args.hf is None):
+        raise ValueError("--load, --hf: give one of them, a Megatron checkpoint or an exported directory")
+    if args.log_samples and not args.output:
+        raise ValueError("--log-samples: needs --output, beside which the samples are written")
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size {args.batch_size}: must be at least 1")
+    file = output_file(args.output) if args.output else None
+    try:
+        shots = tuple(int(word) for word in args.num_fewshot.split(","))
+    except ValueError:
+        raise ValueError(f"--num-fewshot {args.num_fewshot}: give whole numbers, as 0 or 0,5") from None
+    from megatron_sharedproj.evaluation import lm_eval_run
+
+    lm_eval_run.require_lm_eval()
+    from megatron_sharedproj.evaluation.lm_eval_tasks import default_tasks, find_tasks, load_tasks
+
+    names = (
+        default_tasks(args.include_path) if args.tasks is None else tuple(filter(None, args.tasks.split(",")))
+    )
+    plan = Plan(names, shots, args.limit, args.seed, args.include_path, args.log_samples)
+    plan.check()
+    manager = find_tasks(plan.tasks, plan.include_path)
+    load_tasks(plan.tasks, manager)  # what is missing is said before a model is loaded
+    if args.hf is not None:
+        lm = lm_eval_run.load_exported(args)
+        model = lm_eval_run.hugging_face_description(args.hf, lm)
+    else:
+        lm = lm_eval_run.load_checkpoint(args)
+        model = lm_eval_run.megatron_description(lm.loaded, args.tensor_model_parallel_size)
+    outcome = lm_eval_run.run(lm, plan, manager)
+    if not distributed.is_rank_0():
+        return
+    print(f"{model['path']}: {model['parameters']:,} parameters, {model['dtype']}")
+    print(score_table(outcome.scores))
+    if getattr(lm, "truncated", 0):
+        print(
+            f"{lm.truncated} requests were longer than the model's {lm.max_length} positions: cut on the left"
+        )
+    if file:
+        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        record = make_record(
+            outcome,
+            plan,
+            model,
+            batch_size=args.batch_size,
+            command=command,
+            commit=commit(Path(__file__).parent),
+        )
+        print("written:", *write_record(file, record, outcome))
+
+
+def run_compare(args: argparse.Namespace) -> None:
+    from megatron_sharedproj.reporting.lm_eval_plot import plot_comparison
+    from megatron_sharedproj.reporting.lm_eval_table import comparison_table, load_scores
+
+    if args.output and not args.output.parent.is_dir():
+        raise ValueError(f"--output {args.output}: {args.output.parent} is not a folder")
+    models = load_scores(args.results)
+    if args.output:
+        plot_comparison(models, args.output)
+    print(comparison_table(models))
+    print("p: two-sided, errors taken for independent; * below 0.05; chance: what guessing scores")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0, or 2 for a mistake in the flags (one line on stderr)."""
-    return run_distributed(build_parser(), run, argv)
+    return run_distributed(build_parser(), lambda args: args.run(args), argv)
 
 
 if __name__ == "__main__":

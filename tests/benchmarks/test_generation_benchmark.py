@@ -1,0 +1,66 @@
+"""benchmarks/generation.py: its rows add up, and a mistake is one line."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+SMALL = ["--num-layers", "2", "--hidden-size", "64", "--num-attention-heads", "4", "--vocab-size", "128"]
+
+
+def benchmark(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(REPO / "benchmarks" / "generation.py"), *SMALL, *flags],
+        env={**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        timeout=200,
+    )
+
+
+@pytest.mark.slow
+def test_rows_and_plot(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    cases = ["--contexts", "128,300", "--batch-sizes", "1,3", "--budget-seconds", "0.2", "--threads", "1"]
+    done = benchmark(tmp_path, *cases, "--output", "g.csv", "--plot", "g.png")
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / "g.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4 * 5
+    assert (tmp_path / "g.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    for case in (rows[index : index + 5] for index in range(0, 20, 5)):
+        of = {row["contender"]: row for row in case}
+        tied, plain = of["ours qk_eq_v"], of["ours qkv"]
+        assert 2 * int(tied["cache_bytes_held"]) == int(plain["cache_bytes_held"])
+        shared, dynamic = of["transformers, SharedProjCache"], of["transformers, DynamicCache"]
+        assert int(dynamic["cache_bytes_held"]) >= int(dynamic["cache_bytes_read"])
+        static = of["transformers, StaticCache"]
+        assert int(static["cache_bytes_read"]) == int(dynamic["cache_bytes_read"])
+        assert int(shared["cache_bytes_read"]) * 2 == int(dynamic["cache_bytes_read"])
+        assert int(tied["weight_bytes"]) == int(shared["weight_bytes"]) < int(plain["weight_bytes"])
+        for row in case:
+            assert int(row["repeats"]) >= 1 and float(row["ms_p10"]) <= float(row["ms_median"])
+            rate = int(row["batch"]) * 1e3 / float(row["ms_median"])
+            assert float(row["tokens_per_second"]) == pytest.approx(rate, rel=1e-4)
+            ratio = float(plain["ms_median"]) / float(row["ms_median"])
+            assert float(row["ratio_vs_qkv"]) == pytest.approx(ratio, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--contexts", "0"], "error: --contexts: '0' is not a whole number above 0"),
+        (["--output", "no/g.csv"], "error: --output no/g.csv: no is not a folder"),
+    ],
+)
+def test_mistakes(tmp_path: Path, flags: list[str], message: str) -> None:
+    done = benchmark(tmp_path, *flags)
+    assert done.returncode == 2
+    assert done.stderr.startswith(message) and done.stderr.count("\n") == 1
