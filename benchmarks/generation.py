@@ -149,12 +149,10 @@ class Ours:
     """This package's engine, one decode step at a time."""
 
     def __init__(self, config: Any, dtype: Any, cache: str):
-        from megatron_sharedproj.inference.engine import Engine, EngineOptions
         from megatron_sharedproj.model import build_model
 
         self.config, self.paged = config, cache == "paged"
         self.model = build_model(config, parallel_output=False, dtype=dtype).eval()
-        self.engine = (Engine, EngineOptions)
 
     def start(self, case: Case) -> Callable[[], Any]:
         """Fill a cache; returns the step."""
@@ -177,6 +175,7 @@ class Ours:
         self.cache.extend(slots, case.context)
         tokens = torch.zeros(case.batch, 1, dtype=torch.long)
 
+        @torch.inference_mode()  # as Engine.run
         def step() -> list[int]:
             context.prepare(slots, 1)
             logits = self.model(
