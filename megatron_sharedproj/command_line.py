@@ -65,7 +65,7 @@ def print_error(message: object) -> None:
 def run_distributed(
     parser: argparse.ArgumentParser, run: Callable[[Any], None], argv: list[str] | None
 ) -> int:
-    """``main`` of a tool that works alone or under torchrun: exit code 0, or 2 for a mistake."""
+    """``main`` of a tool that works alone or under torchrun: exit code 0, 2 for a mistake, 130 for Ctrl-C."""
     from megatron_sharedproj import distributed
     from megatron_sharedproj.quiet import quiet_libraries
 
@@ -76,6 +76,9 @@ def run_distributed(
     except ValueError as error:
         print_error(error)
         return 2
+    except KeyboardInterrupt as interrupt:
+        print_error(f"interrupted; {interrupt}" if str(interrupt) else "interrupted")
+        return 130
     finally:
         distributed.finalize()
     return 0

@@ -231,9 +231,12 @@ def _resume(trainer: Any, folder: Path, load_checkpoint: Any) -> None:
     if not with_optimizer:
         trainer.optimizer.reload_model_params()  # the fp32 master weights of a bf16 or fp16 run
     if fresh:
+        # An import's own origin; a folder's name alone says little on another machine.
+        trainer.origin = state.get("imported_from") or f"checkpoint {folder.parent.name}/{folder.name}"
         trainer.log.message(f"weights from {folder}; step, data, optimizer and RNG start anew")
         return
     trainer.iteration, trainer.consumed_samples = state["iteration"], state["consumed_samples"]
+    trainer.origin = state.get("started_from") or state.get("imported_from", "")
     if options.save and Path(options.save).resolve() == folder.parent.resolve():
         trainer.last_saved = trainer.iteration
     trainer.schedule.load_state_dict(state["schedule"])

@@ -16,6 +16,7 @@ try:
 except ModuleNotFoundError:  # a bare clone
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_sharedproj import distributed
 from megatron_sharedproj.command_line import Parser, add_tokenizer_flags, run_distributed
 
 EXAMPLE = """examples:
@@ -37,13 +38,20 @@ def run(args: argparse.Namespace) -> None:
     from megatron_sharedproj.conversion.hf_import import import_folder, tokenizer_fields
     from megatron_sharedproj.conversion.weight_files import read_config
 
+    if distributed.world_size() > 1:
+        raise ValueError(
+            f"WORLD_SIZE {distributed.world_size()}: run this tool as one process, without torchrun"
+        )
     read_config(args.load)
     given = {
         name: getattr(args, name)
         for name in ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file")
     }
     fields = tokenizer_fields(args.load, given)
-    print(import_folder(args.load, args.save, tokenizer=fields, overwrite=args.overwrite))
+    try:
+        print(import_folder(args.load, args.save, tokenizer=fields, overwrite=args.overwrite))
+    except OSError as error:
+        raise ValueError(f"--save {args.save}: cannot be written ({error})") from None
 
 
 def main(argv: list[str] | None = None) -> int:

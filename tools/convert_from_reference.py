@@ -141,9 +141,10 @@ def convert(args: argparse.Namespace, found: Released, fields: dict[str, object]
     from megatron_sharedproj.conversion.megatron_checkpoint import imported_run, write_checkpoint
     from megatron_sharedproj.conversion.released_checkpoints import record_training
     from megatron_sharedproj.conversion.released_forward import BOUND, check_import
+    from megatron_sharedproj.conversion.staging import scratch_folder
 
-    aside = args.save.absolute().parent / f".{args.save.name}.import{os.getpid()}"
-    try:
+    with scratch_folder(args.save.resolve()) as scratch:
+        aside = scratch / "new"
         run = imported_run(found.config, torch.float32, **fields)
         record_training(found, run)
         seen = found.provenance.get("tokens_seen", "an unrecorded number of")
@@ -166,8 +167,6 @@ def convert(args: argparse.Namespace, found: Released, fields: dict[str, object]
                 )
             print(f"  checked in fp32 against a plain forward pass on the file's own tensors: {line}")
         return publish(folder, args.save)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def main(argv: list[str] | None = None) -> int:

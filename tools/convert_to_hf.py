@@ -16,6 +16,7 @@ try:
 except ModuleNotFoundError:  # a bare clone
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_sharedproj import distributed
 from megatron_sharedproj.command_line import Parser, run_distributed
 from megatron_sharedproj.inference.loading import add_loading_args, load_model
 
@@ -46,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="of a weights file (default 5GB)"
     )
-    group.add_argument("--overwrite", action="store_true", help="replace what the folder holds")
+    group.add_argument("--overwrite", action="store_true", help="replace the export that the folder holds")
     group = parser.add_argument_group("verification")
     group.add_argument(
         "--no-verify", dest="verify", action="store_false", help="do not compare the export with the model"
@@ -83,10 +84,17 @@ def run(args: argparse.Namespace) -> None:
         verify_data=args.verify_data,
         verify_tokens=args.verify_tokens,
         tolerance=args.verify_tolerance,
+        tokenizer_source=args.tokenizer_model or args.vocab_file or "",
+        load=args.load,
     )
+    if distributed.world_size() > 1:
+        raise ValueError(
+            f"WORLD_SIZE {distributed.world_size()}: run this tool as one process, without torchrun"
+        )
     check_options(options)
     loaded = load_model(args, parallel_output=False)
-    options.tokenizer_source = args.tokenizer_model or loaded.config.data.tokenizer_model
+    if not args.tokenizer_model and not args.vocab_file:
+        options.tokenizer_source = loaded.config.data.tokenizer_model
     export(loaded, options)
     print(f"{args.output}: {loaded.config.model.attention_variant}, format {args.format}")
 

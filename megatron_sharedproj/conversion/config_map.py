@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, get_type_hints
 
 from megatron_sharedproj.config import ModelConfig
 
@@ -82,6 +83,7 @@ def model_config(values: dict[str, Any]) -> ModelConfig:
     missing = sorted(needed - set(values))
     if missing:
         raise ValueError(f"config.json has no {', '.join(missing)}")
+    _check_kinds(values)
     activation = (values["hidden_act"], values["gated_mlp"])
     activations = {theirs: ours for ours, theirs in _ACTIVATIONS.items()}
     if activation not in activations:
@@ -92,19 +94,39 @@ def model_config(values: dict[str, Any]) -> ModelConfig:
     fields: dict[str, Any] = {ours: values[theirs] for ours, theirs in _SAME.items()}
     if fields["position_embedding_type"] == "rope":
         fields.update(_rotary(values.get("rope_parameters") or {}))
-    try:
-        return ModelConfig(
-            padded_vocab_size=values.get("padded_vocab_size") or values["vocab_size"],
-            activation=activations[activation],
-            untie_embeddings_and_output_weights=not values["tie_word_embeddings"],
-            **fields,
-        )
-    except TypeError as error:
-        raise ValueError(f"config.json has a value of the wrong kind: {error}") from None
+    return ModelConfig(
+        padded_vocab_size=values.get("padded_vocab_size") or values["vocab_size"],
+        activation=activations[activation],
+        untie_embeddings_and_output_weights=not values["tie_word_embeddings"],
+        **fields,
+    )
+
+
+def _check_kinds(values: dict[str, Any]) -> None:
+    """JSON holds anything: a size that is text or not whole would come out much later, as something else."""
+    kinds: dict[str, type] = {theirs: _FIELD_KINDS[ours] for ours, theirs in _SAME.items()}
+    kinds |= {"vocab_size": int, "hidden_act": str, "gated_mlp": bool, "tie_word_embeddings": bool}
+    kinds |= {name: kind for name, kind in _OPTIONAL.items() if values.get(name) is not None}
+    for name, kind in kinds.items():
+        value = values[name]
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise ValueError(f"{name} {value!r}: expected {_KINDS[kind]}")
+    vocabulary = values["vocab_size"]
+    rows = values.get("padded_vocab_size") or vocabulary
+    # Where the folder has no padding rows they are made up: this many and no more.
+    if not 0 < vocabulary <= rows <= 2 * vocabulary + _MAX_PADDING:
+        raise ValueError(f"vocab_size {vocabulary} and padded_vocab_size {rows} do not fit each other")
+
+
+_FIELD_KINDS: dict[str, type] = get_type_hints(ModelConfig)
+_OPTIONAL: dict[str, type] = {"padded_vocab_size": int, "rope_parameters": dict}
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "an object"}
+_MAX_PADDING = 65536
 
 
 def _rotary(rope: dict[str, Any]) -> dict[str, Any]:
-    theta = rope.get("rope_theta", 10000.0)
-    if rope.get("rope_type", "default") != "default" or theta != int(theta):
+    theta, share = rope.get("rope_theta", 10000.0), rope.get("partial_rotary_factor", 1.0)
+    numbers = all(type(number) in (int, float) and math.isfinite(number) for number in (theta, share))
+    if rope.get("rope_type", "default") != "default" or not numbers or theta < 1 or theta != int(theta):
         raise ValueError(f"rope_parameters {rope}: supported is rope_type default with a whole rope_theta")
-    return {"rotary_base": int(theta), "rotary_percent": rope.get("partial_rotary_factor", 1.0)}
+    return {"rotary_base": int(theta), "rotary_percent": share}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import importlib.util
@@ -9,7 +10,7 @@ import json
 import platform
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,12 +45,12 @@ class ExportOptions:
     """What to write.
 
     Attributes:
-        output: folder to make; overwrite: replace what it holds.
+        output: folder to make; overwrite: replace the export that it holds.
         format: one of FORMATS; dtype: one of DTYPES, or empty for the one that the model was trained in.
         max_shard_size: of a weights file ("5GB").
         verify: compare before anything appears under ``output``; verify_data, verify_tokens: on what
             (:func:`megatron_sharedproj.conversion.verify.verification_windows`); tolerance: see there.
-        tokenizer_source: folder that the tokenizer was loaded from.
+        tokenizer_source: folder that the tokenizer was loaded from; load: checkpoint that the model is from.
     """
 
     output: Path
@@ -62,6 +63,12 @@ class ExportOptions:
     verify_tokens: int = 2048
     tolerance: float = TOLERANCE
     tokenizer_source: str = ""
+    load: str = ""
+
+    @property
+    def name(self) -> str:
+        """Of the model: its folder's."""
+        return self.output.resolve().name
 
 
 def check_options(options: ExportOptions) -> None:
@@ -70,7 +77,9 @@ def check_options(options: ExportOptions) -> None:
     Raises:
         ValueError: naming the flag, its value and the remedy.
     """
-    check_output(options.output, options.overwrite)
+    read = [options.load, options.tokenizer_source, options.verify_data]
+    keep = [path for path in read if path]
+    check_output(options.output, options.overwrite, record=RECORD, keep=keep)
     if options.verify_tokens < 2:
         raise ValueError(f"--verify-tokens {options.verify_tokens}: must be at least 2")
     if not options.tolerance > 0:
@@ -122,11 +131,12 @@ def export(
         windows, source = verification_windows(loaded, options.verify_data, options.verify_tokens)
     state = model_state(loaded.model)
     tensors = {name: t.to(dtype) for name, t in to_hugging_face(config, state, vocab_size).items()}
-    with staged_folder(options.output) as folder:
+    with _written(options), staged_folder(options.output, options.overwrite) as folder:
         ids = write_tokenizer(
             loaded.tokenizer, options.tokenizer_source, folder, config.max_position_embeddings
         )
-        if not (folder / "tokenizer_config.json").is_file():
+        takes_text = (folder / "tokenizer_config.json").is_file()
+        if not takes_text:
             notes.append(f"No tokenizer files: {loaded.tokenizer.name} takes no text.")
         cache = cache_line(config)
         if options.format == stock.SHAREDPROJ:
@@ -136,6 +146,11 @@ def export(
         else:
             cache, *further = _write_stock(folder, loaded, tensors, ids, options)
             notes += further
+            if options.format == stock.GGUF and options.verify:
+                notes.append(
+                    "The figures above are of the transformers model that the GGUF holds; the file itself "
+                    "was read back and compared byte for byte."
+                )
         say(f"wrote {sum(f.stat().st_size for f in folder.iterdir()):,} bytes; {cache}")
         result = None
         checks = ["Not verified (`--no-verify`)."]
@@ -151,8 +166,9 @@ def export(
         card = model_card(
             run,
             loaded.train_state,
-            name=options.output.absolute().name,
+            name=options.name,
             format=options.format,
+            takes_text=takes_text,
             vocab_size=vocab_size,
             cache=cache,
             checks=checks,
@@ -161,6 +177,18 @@ def export(
         (folder / "README.md").write_text(card, encoding="utf-8")
         write_json(folder / RECORD, _record(folder, loaded, options, dtype, result))
     return result
+
+
+@contextlib.contextmanager
+def _written(options: ExportOptions) -> Iterator[None]:
+    """A full disk and the like are the user's to mend: one line."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"--output {options.output}: cannot be written ({reason})") from error
 
 
 def _round(loaded: LoadedModel, dtype: torch.dtype) -> list[str]:
@@ -239,7 +267,7 @@ def _write_stock(
             tensors,
             tokenizer_json=loaded.tokenizer.to_json(),
             dtype=str(tensors["model.norm.weight"].dtype).removeprefix("torch."),
-            name=options.output.absolute().name,
+            name=options.name,
             **ids,
         )
     model = _STOCK[options.format](config, tensors, **ids)

@@ -277,17 +277,20 @@ def _check_values(architecture: Architecture, values: Mapping[str, Any]) -> None
         if values.get(name) not in allowed:
             raise ValueError(f"{name} {values[name]!r}: not supported, only {json.dumps(allowed[0])} is")
     activation = values[architecture.activation]
-    if activation not in architecture.activations:
+    if not isinstance(activation, str) or activation not in architecture.activations:
         known = ", ".join(architecture.activations)
         raise ValueError(f"{architecture.activation} {activation!r}: not supported; {known} is")
+    for name, sort in (("sliding_window", int), ("layer_types", list)):
+        if values.get(name) is not None and not isinstance(values[name], sort):
+            raise ValueError(f"{name} {values[name]!r}: not understood")
     window, positions = values.get("sliding_window"), values.get("max_position_embeddings")
     if "sliding_window" in architecture.defaults and window is not None and window < (positions or 0):
         raise ValueError(
             f"sliding_window {window}: not supported below max_position_embeddings {positions}; null is"
         )
-    kinds = set(values.get("layer_types") or ()) - {"full_attention"}
+    kinds = [kind for kind in values.get("layer_types") or () if kind != "full_attention"]
     if kinds:
-        raise ValueError(f"layer_types {sorted(kinds)}: not supported, only full_attention is")
+        raise ValueError(f"layer_types {kinds[:1]}: not supported, only full_attention is")
 
 
 def _rotary_base(values: Mapping[str, Any]) -> int:
@@ -305,7 +308,7 @@ def _rotary_base(values: Mapping[str, Any]) -> int:
             f"partial_rotary_factor {values['partial_rotary_factor']}: not supported, only 1.0 is"
         )
     theta = (values.get("rope_parameters") or {}).get("rope_theta", values["rope_theta"])
-    if isinstance(theta, bool) or not isinstance(theta, int | float) or theta != int(theta) or theta < 1:
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or theta < 1 or theta % 1 != 0:
         raise ValueError(f"rope_theta {theta!r}: only a whole number is supported")
     size = values.get("head_dim") or values["hidden_size"] // max(values["num_attention_heads"], 1)
     if size % 2:

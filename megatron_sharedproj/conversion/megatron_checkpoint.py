@@ -56,7 +56,8 @@ def write_checkpoint(
     Returns:
         The iteration folder, complete and named latest.
     Raises:
-        ValueError: if the tensors do not fit the configuration; nothing is left behind then.
+        ValueError: if the tensors do not fit the configuration; OSError: if the folder cannot be written.
+            Nothing is left behind then.
     """
     state = to_megatron(run.model, tensors, padding)
     device = get_device()
@@ -72,7 +73,7 @@ def write_checkpoint(
     ]
     if missing:
         raise ValueError(f"the model has tensors that the table of names lacks: {', '.join(missing)}")
-    existed = save.exists()
+    created = next((path for path in [*reversed(save.absolute().parents), save] if not path.exists()), None)
     run.checkpoint.save = str(save)
     try:
         save.mkdir(parents=True, exist_ok=True)
@@ -84,8 +85,9 @@ def write_checkpoint(
             train_state={"iteration": iteration, "consumed_samples": 0, **(train_state or {})},
         )
     except BaseException:
-        if not existed:
-            shutil.rmtree(save, ignore_errors=True)
+        shutil.rmtree(
+            created or save / f".{files.iteration_dir(save, iteration).name}.tmp", ignore_errors=True
+        )
         raise
 
 

@@ -19,7 +19,26 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))""",
 
 model = AutoModelForCausalLM.from_pretrained("{folder}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")""",
+    "gguf": """from llama_cpp import Llama
+
+model = Llama("{folder}/model.gguf", n_ctx=0)
+print(model("The state of the Union", max_tokens=64)["choices"][0]["text"])""",
+    "gguf ids": """from llama_cpp import Llama
+
+model = Llama("{folder}/model.gguf", n_ctx=0)  # no tokenizer: model.eval and generate take ids""",
+    "ids": """from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{folder}"{trust})""",
 }
+
+
+def _use(folder: str, format: str, takes_text: bool) -> str:
+    kind = format if format in ("sharedproj", "gguf") else "stock"
+    if not takes_text:
+        kind = "gguf ids" if kind == "gguf" else "ids"
+    quoted = folder.replace("\\", "\\\\").replace('"', '\\"')
+    trust = ", trust_remote_code=True" if format == "sharedproj" else ""
+    return _USE[kind].replace("{folder}", quoted).replace("{trust}", trust)
 
 
 def tokens_seen(run: RunConfig, state: dict[str, Any]) -> tuple[int, float | None]:
@@ -30,11 +49,13 @@ def tokens_seen(run: RunConfig, state: dict[str, Any]) -> tuple[int, float | Non
 
 def _training(run: RunConfig, state: dict[str, Any]) -> list[str]:
     if origin := state.get("imported_from"):
-        return [f"Imported, not trained by this package: {origin}."]
+        return [f"Imported: {origin}."]
     positions, share = tokens_seen(run, state)
     prefixes = [*run.data.train_data_path, *run.data.data_path]
     names = [Path(part).name for part in prefixes if not part.replace(".", "", 1).isdigit()]
     rows = [f"Data: {', '.join(names) or 'none recorded'}; rows are {run.data.data_protocol}."]
+    if origin := state.get("started_from"):
+        rows.append(f"Started from: {origin}.")
     seen = f"{positions:,} positions in {state.get('iteration', 0):,} steps"
     if share is None:
         rows.append(f"Seen: {seen}; how many of them are real tokens was not recorded.")
@@ -70,12 +91,14 @@ def model_card(
     cache: str,
     checks: list[str],
     notes: list[str],
+    takes_text: bool = True,
 ) -> str:
     """The card as Markdown with the Hub's YAML header.
 
     Args:
         state: the checkpoint's train_state.json; format: value of ``--format``.
         cache: what the format's cache costs; checks: how it was verified; notes: further limits.
+        takes_text: there is a tokenizer beside the weights.
     """
     config = run.model
     variant = config.variant
@@ -87,7 +110,7 @@ def model_card(
         f"{config.normalization}, {config.activation}"
     )
     padding = config.padded_vocab_size - vocab_size
-    use = _USE["sharedproj" if format == "sharedproj" else "stock"].format(folder=name)
+    use = _use(name, format, takes_text)
     trained = _training(run, state)
     sections = {
         "Model": [
@@ -107,8 +130,9 @@ def model_card(
         "Verification": checks,
         "Limits": [*notes, "A base model: no instruction tuning, no safety tuning."],
     }
+    library = "gguf" if format == "gguf" else "transformers"
     header = (
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- megatron_sharedproj\n---\n"
+        f"---\nlibrary_name: {library}\npipeline_tag: text-generation\ntags:\n- megatron_sharedproj\n---\n"
     )
     body = "\n".join(
         f"## {title}\n\n" + "\n".join(f"- {line}" for line in lines) + "\n"

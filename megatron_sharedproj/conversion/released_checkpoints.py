@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_sharedproj.config import ModelConfig, RunConfig
 from megatron_sharedproj.conversion.renaming import gpt_sources, listed, rename
+from megatron_sharedproj.conversion.weight_files import MAX_LAYERS
 from megatron_sharedproj.variants import get_variant
 
 _MASK = re.compile(r"h\.\d+\.attn\.bias")
@@ -222,6 +223,8 @@ def _checked_config(values: Mapping[str, Any]) -> dict[str, Any]:
         if value is not None and not good:
             expected = "true or false" if name in _FLAGS else "a positive whole number"
             raise ValueError(f"model_config: {name} is {value!r}, expected {expected}")
+    if values["n_layer"] > MAX_LAYERS:
+        raise ValueError(f"model_config: n_layer {values['n_layer']}: at most {MAX_LAYERS} are read")
     for name in ("layer_norm_epsilon", "initializer_range", "attn_pdrop", "resid_pdrop", "embd_pdrop"):
         if not isinstance(values.get(name, 0.0), int | float):
             raise ValueError(f"model_config: {name} is {values[name]!r}, expected a number")

@@ -20,7 +20,8 @@ def write_tokenizer(tokenizer: Tokenizer, source: str, folder: Path, positions: 
     """Write tokenizer.json and tokenizer_config.json (nothing for a NullTokenizer, which is no text's).
 
     Args:
-        source: folder that the tokenizer was loaded from (its special tokens and chat template are kept).
+        source: folder, or file in it, that the tokenizer was loaded from (its special tokens and chat
+            template are kept).
         positions: the model's positions, for ``model_max_length``.
     Returns:
         eos_token_id, bos_token_id and pad_token_id for the model's configuration.
@@ -41,22 +42,40 @@ def write_tokenizer(tokenizer: Tokenizer, source: str, folder: Path, positions: 
     if (described.get("post_processor") or {}).get("type") != "ByteLevel":
         described["post_processor"] = None
     (folder / "tokenizer.json").write_text(json.dumps(described, ensure_ascii=False), encoding="utf-8")
-    by_id = {index: token for token, index in tokenizer.special_tokens().items()}
+    known = _known(described)
+    by_id = {index: token for token, index in known.items()}
     values: dict[str, Any] = _original(source)
+    for role in ("bos_token", "pad_token", "unk_token"):
+        # transformers would give a token that is not in the vocabulary an id that the model has no row for.
+        if role in values and _content(values[role]) not in known:
+            del values[role]
     values.update(
         tokenizer_class="PreTrainedTokenizerFast",
         eos_token=by_id[tokenizer.eod],
         model_max_length=positions,
     )
     values.setdefault("bos_token", values["eos_token"])
+    if tokenizer.pad >= 0:
+        values.setdefault("pad_token", by_id[tokenizer.pad])
     values.setdefault("clean_up_tokenization_spaces", False)
-    known = tokenizer.special_tokens()
-    ids["bos_token_id"] = known.get(_content(values["bos_token"]))
+    ids["bos_token_id"] = known[_content(values["bos_token"])]
     (folder / "tokenizer_config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    template = Path(source) / "chat_template.jinja"
-    if source and template.is_file():
+    if source and (template := _folder(source) / "chat_template.jinja").is_file():
         shutil.copy(template, folder)
     return ids
+
+
+def _known(described: dict[str, Any]) -> dict[str, int]:
+    """Every token of a parsed tokenizer.json with its id."""
+    vocabulary = described["model"]["vocab"]  # a list of [token, score] in a Unigram model
+    known = (
+        vocabulary if isinstance(vocabulary, dict) else {entry[0]: i for i, entry in enumerate(vocabulary)}
+    )
+    return {**known, **{added["content"]: added["id"] for added in described.get("added_tokens", [])}}
+
+
+def _folder(source: str) -> Path:
+    return Path(source).parent if Path(source).is_file() else Path(source)
 
 
 def _content(token: Any) -> str:
@@ -64,8 +83,7 @@ def _content(token: Any) -> str:
 
 
 def _original(source: str) -> dict[str, Any]:
-    path = Path(source) if source else Path()
-    file = (path.parent if path.is_file() else path) / "tokenizer_config.json"
+    file = _folder(source) / "tokenizer_config.json"
     if not source or not file.is_file():
         return {}
     values = json.loads(file.read_text(encoding="utf-8"))

@@ -76,6 +76,8 @@ def verification_windows(
         ValueError: if ``source`` cannot be used.
     """
     limit = loaded.config.model.max_position_embeddings
+    if limit < 2:
+        raise ValueError("the model has 1 position, so no token to predict; export it with --no-verify")
     stream, name = _stream(loaded, source, tokens)
     stream = stream[: max(tokens, 2)]
     window = min(limit, max_window, len(stream))
@@ -93,10 +95,13 @@ def _stream(loaded: LoadedModel, source: str, tokens: int) -> tuple[Any, str]:
             if _is_indexed(prefix):
                 try:
                     return _indexed(prefix, tokens, vocabulary), f"data set {Path(prefix).name}"
-                except ValueError:
+                except (OSError, ValueError):
                     continue  # moved or made by another tokenizer: not what the user asked about
     elif _is_indexed(source):
-        return _indexed(source, tokens, vocabulary), f"data set {Path(source).name}"
+        try:
+            return _indexed(source, tokens, vocabulary), f"data set {Path(source).name}"
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--verify-data {source}: cannot be used ({error})") from None
     elif not Path(source).is_file():
         raise ValueError(
             f"--verify-data {source}: neither a text file nor an indexed data set (PREFIX.bin and PREFIX.idx)"
@@ -104,7 +109,11 @@ def _stream(loaded: LoadedModel, source: str, tokens: int) -> tuple[Any, str]:
     path = Path(source) if source else _SAMPLE
     try:
         # A character in UTF-8 is at least a byte and a token seldom more than 16 of them.
-        text = path.read_bytes()[: 16 * tokens].decode(errors="ignore" if source else "strict")
+        with open(path, "rb") as stream:
+            content = stream.read(16 * tokens)
+        if b"\0" in content:
+            raise ValueError("it is no text; of indexed data give PREFIX, without .bin")
+        text = content.decode(errors="ignore" if source else "strict")
         ids = loaded.tokenizer.encode(text)
     except (OSError, ValueError) as error:
         if source:
@@ -124,8 +133,10 @@ def _indexed(prefix: str, tokens: int, vocabulary: int) -> Any:
     from megatron_sharedproj.data.inspection import validate_indexed
     from megatron_sharedproj.evaluation.perplexity import read_tokens
 
-    validate_indexed(prefix, vocabulary)
+    validate_indexed(prefix, vocabulary, max_tokens=tokens)  # a training set is too large to be read whole
     stream, _ = read_tokens(prefix, tokens)
+    if len(stream) < 2:
+        raise ValueError(f"{prefix}: holds {len(stream)} token(s); give more")
     return stream
 
 
@@ -164,7 +175,8 @@ def verify(
                 f"the export gives {theirs.shape[-1]} logits, the tokenizer has {vocabulary} ids"
             )
         real = ours[..., :vocabulary]
-        difference = max(difference, (real - theirs).abs().max().item())
+        gap = (real - theirs).abs().max().item()
+        difference = max(difference, gap if math.isfinite(gap) else math.inf)  # max() passes over a NaN
         largest = max(largest, real.abs().max().item())
         for index, logits in enumerate((real, theirs, ours)):
             sums[index] += torch.nn.functional.cross_entropy(
@@ -179,11 +191,14 @@ def verify(
         data, scored, windows.shape[1], difference, largest, bound, trained, other, full, cache,
         time.perf_counter() - started,
     )  # fmt: skip
-    # A NaN compares as false: it has to fail, too.
-    if not difference <= bound:
+    # A NaN compares as false: it has to fail, too, and infinite logits have no bound.
+    if not difference <= bound < math.inf:
         raise ValueError(f"verification failed: logits differ by {difference:.3e}, bound {bound:.3e}")
     if not abs(losses[0] - losses[1]) <= bound:
-        raise ValueError(f"verification failed: perplexity {trained} trained, {other} exported")
+        raise ValueError(
+            f"verification failed: perplexity {trained} trained, {other} exported: their logarithms differ "
+            f"by more than {bound:.3e}"
+        )
     if cache is not None and not cache <= bound:
         raise ValueError(
             f"verification failed: with its cache logits differ by {cache:.3e}, bound {bound:.3e}"

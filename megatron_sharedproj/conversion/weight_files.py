@@ -13,6 +13,8 @@ from torch import Tensor
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# No model has more; names are listed per layer before they are compared, so a wild number would fill memory.
+MAX_LAYERS = 10_000
 
 
 def read_config(folder: Path, flag: str = "--load") -> dict[str, Any]:
@@ -28,10 +30,16 @@ def read_config(folder: Path, flag: str = "--load") -> dict[str, Any]:
         raise ValueError(f"{flag} {folder}: has no config.json; give a folder that save_pretrained wrote")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{flag} {folder}: config.json is not valid JSON ({error})") from None
+    except OSError as error:
+        raise ValueError(f"{flag} {folder}: config.json cannot be read ({error.strerror})") from None
     if not isinstance(values, dict):
         raise ValueError(f"{flag} {folder}: config.json holds no object")
+    for name in ("num_hidden_layers", "n_layer"):
+        layers = values.get(name)
+        if isinstance(layers, int | float) and not layers <= MAX_LAYERS:
+            raise ValueError(f"{flag} {folder}: config.json: {name} {layers}: at most {MAX_LAYERS} are read")
     return values
 
 
@@ -54,7 +62,9 @@ def read_tensors(folder: Path, flag: str = "--load") -> dict[str, Tensor]:
     try:
         places = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(places.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if not all(isinstance(name, str) for name in files):
+            raise TypeError("file names that are no text")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{flag} {folder}: {INDEX} is damaged ({error})") from None
     tensors: dict[str, Tensor] = {}
     for name in files:

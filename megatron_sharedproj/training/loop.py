@@ -71,6 +71,7 @@ class Trainer:
         model: Megatron's DistributedDataParallel around the GPTModel.
         iteration: steps done; consumed_samples: sequences trained on (the data position).
         boundary: token that attention does not reach across; None: it does.
+        origin: where the first weights came from, if they were not drawn here.
         hooks: called after every step.
     """
 
@@ -85,6 +86,7 @@ class Trainer:
     test_data: Any
     log: TrainingLog
     boundary: int | None = None
+    origin: str = ""
     iteration: int = 0
     consumed_samples: int = 0
     hooks: list[Hook] = field(default_factory=list)
@@ -231,6 +233,7 @@ class Trainer:
                 "iteration": self.iteration,
                 "consumed_samples": self.consumed_samples,
                 "real_token_share": real_token_share(self.train_data) if padded else 1.0,
+                "started_from": self.origin,
                 "schedule": self.schedule.state_dict(),
                 "log": self.log.state(),
             },

@@ -19,6 +19,7 @@ from megatron_sharedproj import formulas
 from megatron_sharedproj.conversion.export import PADDING, ExportOptions, export, read_record
 from megatron_sharedproj.conversion.hf_import import import_folder, tokenizer_fields
 from megatron_sharedproj.conversion.megatron_checkpoint import model_state
+from megatron_sharedproj.conversion.tokenizer_files import write_tokenizer
 from megatron_sharedproj.data.tokenizers import build_tokenizer
 from models import CONVERTED, ROWS, SAMPLE, VOCABULARY, load
 
@@ -155,6 +156,41 @@ def test_no_token_is_added_that_training_never_saw(
     assert theirs("a text")["input_ids"] == loaded.tokenizer.encode("a text")
 
 
+def exported_tokenizer(source: Path, folder: Path) -> tuple[Any, Any, dict[str, Any]]:
+    """The run's tokenizer, the exported one, and the ids for config.json."""
+    folder.mkdir()
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", str(source))
+    ids = write_tokenizer(tokenizer, str(source), folder, 64)
+    return tokenizer, AutoTokenizer.from_pretrained(folder), ids
+
+
+@pytest.mark.parametrize("role", ["bos_token", "pad_token", "unk_token"])
+def test_a_special_token_outside_the_vocabulary_gets_no_id(
+    role: str, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    """transformers would add it behind the last row of the embedding."""
+    source = tmp_path / "source"
+    shutil.copytree(tokenizer_folder, source)
+    values = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps({**values, role: "<absent>"}))
+    tokenizer, theirs, ids = exported_tokenizer(source, tmp_path / "out")
+    assert len(theirs) == tokenizer.vocab_size and ids["bos_token_id"] == theirs.bos_token_id == tokenizer.eod
+
+
+def test_pad_token_and_chat_template_travel(tokenizer_folder: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(tokenizer_folder, source)
+    described = json.loads((source / "tokenizer.json").read_text())
+    described["added_tokens"].append({**described["added_tokens"][0], "id": VOCABULARY, "content": "<pad>"})
+    (source / "tokenizer.json").write_text(json.dumps(described))
+    (source / "special_tokens_map.json").write_text('{"pad_token": "<pad>"}')
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    for index, given in enumerate((source, source / "tokenizer.json")):
+        _, theirs, ids = exported_tokenizer(given, tmp_path / f"out{index}")
+        assert theirs.pad_token_id == ids["pad_token_id"] == VOCABULARY
+        assert theirs.chat_template == "{{ messages }}"
+
+
 _ALONE = """
 import sys
 class Blocked:
@@ -218,6 +254,9 @@ def test_stock_formats_are_verified_too(
     assert result is not None and result.max_difference <= result.bound
     if format == "gguf":
         assert (tmp_path / "out" / "model.gguf").is_file()
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert 'Llama("out/model.gguf"' in card and "from_pretrained" not in card
+        assert "the file itself was read back and compared" in card
         return
     assert not list((tmp_path / "out").glob("*_sharedproj.py")) and not (tmp_path / "out" / PADDING).exists()
     ids = text_ids()
@@ -252,6 +291,7 @@ def test_positions_of_no_text(checkpoints: dict[int, Path], tmp_path: Path) -> N
     result = export(loaded, ExportOptions(tmp_path / "out"), str)
     assert result is not None and "random ids" in result.data
     assert not (tmp_path / "out" / "tokenizer.json").exists()
+    assert "AutoTokenizer" not in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_output_is_replaced_as_a_whole(checkpoints: dict[int, Path], tmp_path: Path) -> None:
@@ -260,7 +300,10 @@ def test_output_is_replaced_as_a_whole(checkpoints: dict[int, Path], tmp_path: P
     (out / "old").write_text("mine")
     with pytest.raises(ValueError, match="--output .*: is not empty; give another folder, or --overwrite"):
         export(loaded, ExportOptions(out, verify=False), str)
+    with pytest.raises(ValueError, match=r"holds no export \(no conversion.json\)"):
+        export(loaded, ExportOptions(out, verify=False, overwrite=True), str)
     assert (out / "old").read_text() == "mine"
+    (out / "conversion.json").write_text("{}")
     export(loaded, ExportOptions(out, verify=False, overwrite=True), str)
     assert not (out / "old").exists() and (out / "config.json").is_file()
     assert [p.name for p in tmp_path.iterdir()] == ["out"]

@@ -211,6 +211,11 @@ def test_embedding_dropout_that_differs_is_said(saved: Any) -> None:
         ("mistral", {"sliding_window": 16}, "sliding_window 16"),
         ("mistral", {"sliding_window": "absent", "max_position_embeddings": 8192}, "sliding_window 4096"),
         ("qwen2", {"use_sliding_window": True}, "use_sliding_window True"),
+        ("gpt2", {"n_layer": 10**12}, "n_layer 1000000000000: at most"),
+        ("gpt2", {"activation_function": ["gelu"]}, "activation_function"),
+        ("llama", {"rope_parameters": {"rope_theta": float("inf")}}, "rope_theta inf"),
+        ("mistral", {"sliding_window": "x"}, "sliding_window 'x': not understood"),
+        ("qwen3", {"layer_types": 3}, "layer_types 3: not understood"),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
     ],
 )

@@ -265,6 +265,7 @@ def test_a_head_that_equals_the_embedding_is_dropped() -> None:
         ({"n_head": 5}, "n_embd 32 is not divisible by n_head 5"),
         ({"n_layer": "2"}, "n_layer is '2', expected a positive whole number"),
         ({"n_layer": 3}, "missing: h.2"),
+        ({"n_layer": 10**12}, "n_layer 1000000000000: at most"),
         ({"vocab_size": None}, "has no vocab_size"),
         ({"use_bias": 1}, "use_bias is 1, expected true or false"),
         ({"attention_variant": "qkvv"}, "qkvv: unknown"),

@@ -105,8 +105,8 @@ def test_what_does_not_fit_is_named() -> None:
         ({"model_type": "llama"}, "model_type 'llama'"),
         ({"hidden_act": "relu"}, "hidden_act 'relu' with gated_mlp False"),
         ({"attention_variant": "k_eq_q"}, "k_eq_q: unknown"),
-        ({"hidden_size": "64"}, "wrong kind"),
-        ({"head_dim": None}, "wrong kind"),
+        ({"hidden_size": "64"}, "hidden_size '64': expected a whole number"),
+        ({"head_dim": None}, "head_dim None: expected a whole number"),
     ],
 )
 def test_bad_configurations_are_refused(change: dict[str, Any], message: str) -> None:
