@@ -125,7 +125,28 @@ TASKS = {
         'doc_to_target: "{{choices[0]}}"\ngeneration_kwargs:\n  until: ["e"]\n  max_gen_toks: 12\n'
         "metric_list:\n  - metric: exact_match\n",
     ),
+    # Two right answers of three or four.
+    "tiny_several": (
+        "questions",
+        CHOICE.replace("doc_to_target: label", 'doc_to_target: "{{[0, label]}}"')
+        + "doc_to_choice: choices\n",
+    ),
+    "tiny_unasked": ("questions", CHOICE + "doc_to_choice: choices\nnum_fewshot: 0\n"),
+    "tiny_shuffled": (
+        "questions",
+        CHOICE + "doc_to_choice: choices\nprocess_docs: !function shuffle.shuffle\n",
+    ),
 }
+SHUFFLE = """import random
+
+
+def shuffle(documents):
+    # As GPQA's: the choices in the order of Python's own generator.
+    def change(row):
+        return {"choices": random.sample(row["choices"], 3)}
+
+    return documents.map(change, load_from_cache_file=False)
+"""
 GROUP = """group: tiny
 task: [tiny_choice, tiny_letters]
 aggregate_metric_list:
@@ -149,4 +170,5 @@ def write_tasks(folder: Path, texts: list[str] | None = None) -> Path:
         head = f"task: {name}\ndataset_path: json\ndataset_kwargs: {data}\n"
         (folder / f"{name}.yaml").write_text(head + rest)
     (folder / "tiny.yaml").write_text(GROUP)
+    (folder / "shuffle.py").write_text(SHUFFLE)
     return folder

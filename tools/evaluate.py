@@ -174,7 +174,12 @@ def run_lm_eval(args: argparse.Namespace) -> None:
     from megatron_sharedproj.evaluation import lm_eval_run
 
     lm_eval_run.require_lm_eval()
-    from megatron_sharedproj.evaluation.lm_eval_tasks import default_tasks, find_tasks, load_tasks
+    from megatron_sharedproj.evaluation.lm_eval_tasks import (
+        check_shots,
+        default_tasks,
+        find_tasks,
+        load_tasks,
+    )
 
     names = (
         default_tasks(args.include_path) if args.tasks is None else tuple(filter(None, args.tasks.split(",")))
@@ -182,7 +187,7 @@ def run_lm_eval(args: argparse.Namespace) -> None:
     plan = Plan(names, shots, args.limit, args.seed, args.include_path, args.log_samples)
     plan.check()
     manager = find_tasks(plan.tasks, plan.include_path)
-    load_tasks(plan.tasks, manager)  # what is missing is said before a model is loaded
+    check_shots(load_tasks(plan.tasks, manager), shots)  # what is wrong is said before a model is loaded
     if args.hf is not None:
         lm = lm_eval_run.load_exported(args)
         model = lm_eval_run.hugging_face_description(args.hf, lm)
@@ -194,9 +199,10 @@ def run_lm_eval(args: argparse.Namespace) -> None:
         return
     print(f"{model['path']}: {model['parameters']:,} parameters, {model['dtype']}")
     print(score_table(outcome.scores))
-    if getattr(lm, "truncated", 0):
+    if outcome.truncated:
         print(
-            f"{lm.truncated} requests were longer than the model's {lm.max_length} positions: cut on the left"
+            f"{outcome.truncated} requests were longer than the model's {lm.max_length} positions: cut on "
+            "the left"
         )
     if file:
         command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

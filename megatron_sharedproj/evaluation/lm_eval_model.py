@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from megatron_sharedproj import distributed
 from megatron_sharedproj.config import to_dict
+from megatron_sharedproj.evaluation.lm_eval_tasks import check_answer, prompt_room
 from megatron_sharedproj.inference.engine import Engine, EngineOptions, Request
 from megatron_sharedproj.inference.loading import LoadedModel, load_model
 from megatron_sharedproj.inference.sampling import Sampling
@@ -43,6 +44,7 @@ from megatron_sharedproj.inference.sampling import Sampling
 NAME = "megatron_sharedproj"
 DEFAULT_BATCH_SIZE = 8
 DEFAULT_NEW_TOKENS = 256  # lm-eval's, where a task names no number
+TOP_K = 50  # transformers' generate, where a task that samples names none
 
 # (strings or None, ids of the context, ids of the continuation), as lm-eval's Collator expects them.
 TokenRequest = tuple[Any, list[int], list[int]]
@@ -183,6 +185,9 @@ class MegatronSharedProjLM(TemplateLM):
             group_by="contexts",
             group_fn=lambda request: request[1] + request[2][:-1],
         )
+        for _, context, continuation in requests:
+            check_answer(continuation, self.max_length)
+            self.truncated += len(context) + len(continuation) > self.max_length + 1
         vocab_size = self.loaded.tokenizer.vocab_size
         answers: list[tuple[float, bool]] = []
         progress = tqdm(total=len(requests), disable=self._hidden(disable_tqdm), desc="log-likelihoods")
@@ -208,16 +213,7 @@ class MegatronSharedProjLM(TemplateLM):
 
     def _input(self, context: list[int], continuation: list[int]) -> list[int]:
         """The tokens that go in: all but the last, cut on the left to the model's length."""
-        if len(continuation) > self.max_length:
-            raise ValueError(
-                f"--tasks: an answer of {len(continuation)} tokens does not fit into the model's "
-                f"{self.max_length} positions; leave this task out"
-            )
-        if not continuation:
-            raise ValueError("--tasks: an empty answer has no likelihood; repair the task's documents")
-        ids = context + continuation
-        self.truncated += len(ids) > self.max_length + 1
-        return ids[-(self.max_length + 1) :][:-1]
+        return (context + continuation)[-(self.max_length + 1) :][:-1]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-probability (nats) of each whole text after an end-of-document token, in disjoint windows.
@@ -265,18 +261,15 @@ class MegatronSharedProjLM(TemplateLM):
     def _generate(self, contexts: list[str], gen_kwargs: dict[str, Any], progress: Any) -> list[str]:
         tokenizer = self.loaded.tokenizer
         settings = _generation_settings(gen_kwargs, tokenizer.decode([self.eot_token_id]))
-        room = self.max_length - settings.max_new_tokens
-        if room < 1:
-            raise ValueError(
-                f"--tasks: {settings.max_new_tokens} new tokens leave no room for a prompt in the model's "
-                f"{self.max_length} positions; lower max_gen_toks in the task's generation_kwargs"
-            )
+        room = prompt_room(settings.max_new_tokens, self.max_length)
         requests = []
         for index, context in enumerate(contexts):
             ids = self.tok_encode(context) or [self.eot_token_id]
             self.truncated += len(ids) > room
+            # A random stream of its own on every rank.
+            stream = index * self.world_size + self.rank
             requests.append(
-                Request(tuple(ids[-room:]), settings.max_new_tokens, tuple(settings.stop), prompt=index)
+                Request(tuple(ids[-room:]), settings.max_new_tokens, tuple(settings.stop), prompt=stream)
             )
         engine = Engine(self.loaded, EngineOptions(max_batch_size=self.batch_size))
         completions = engine.run(requests, settings.sampling, on_done=lambda _: progress.update())
@@ -304,8 +297,9 @@ def _generation_settings(gen_kwargs: dict[str, Any], eod: str) -> _GenerationSet
     temperature = float(settings.pop("temperature", 1.0))
     sampling = Sampling(
         temperature=temperature if sampled else 0.0,
-        top_k=int(settings.pop("top_k", 0) or 0),
+        top_k=int(settings.pop("top_k", TOP_K) or 0),
         top_p=float(settings.pop("top_p", 1.0) or 1.0),
+        seed=torch.initial_seed() % 2**63,  # what lm-eval was given
     )
     if settings:
         raise ValueError(f"--tasks: generation_kwargs {', '.join(settings)} of a task: not supported here")

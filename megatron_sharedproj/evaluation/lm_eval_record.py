@@ -84,16 +84,25 @@ class Score:
 
 @dataclass
 class Outcome:
-    """Scores of all shots, and lm-eval's own results by number of shots; on other ranks than 0: empty."""
+    """Scores of all shots, and lm-eval's own results by number of shots; on other ranks than 0: empty.
+
+    Attributes:
+        truncated: requests that were longer than the model and lost tokens on the left.
+    """
 
     scores: list[Score] = field(default_factory=list)
     lm_eval: dict[str, dict[str, Any]] = field(default_factory=dict)
     samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    truncated: int = 0
 
 
 def as_json(value: Any) -> Any:
-    """What json.dumps does not know: NumPy's numbers as numbers, anything else as text."""
-    return value.item() if hasattr(value, "item") else str(value)
+    """What json.dumps does not know: NumPy's numbers as numbers, functions by name, anything else as text."""
+    if hasattr(value, "item"):
+        return value.item()
+    if hasattr(value, "__qualname__"):  # its text would hold an address, another one in each run
+        return f"{value.__module__}.{value.__qualname__}"
+    return str(value)
 
 
 def make_record(
@@ -112,6 +121,7 @@ def make_record(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit,
         "versions": {name: _version(name) for name in _PACKAGES},
+        "truncated": outcome.truncated,
         "scores": [asdict(score) for score in outcome.scores],
         "lm_eval": outcome.lm_eval,
     }

