@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from megatron_sharedproj.inference.prompts import (
     ProgressLine,
     Prompt,
     check_output,
+    check_text,
     read_prompts,
 )
 
@@ -56,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text (repeatable)"
     )
     group.add_argument("--seed", type=int, default=1234, help="each prompt and sample has its own stream")
-    group = parser.add_argument_group("engine (changes no text)")
+    group = parser.add_argument_group("engine (changes no text, up to rounding)")
     group.add_argument("--max-batch-size", type=int, default=8, help="texts decoded at once (default 8)")
     group.add_argument("--cache", choices=("paged", "contiguous"), default="paged")
     group.add_argument("--page-size", type=int, default=64, help="tokens of a page (default 64)")
@@ -88,6 +90,10 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
     if "" in args.stop:
         raise ValueError("--stop '': give a text that is not empty")
+    for flag, text in (("--prompt", args.prompt), *(("--stop", text) for text in args.stop)):
+        check_text(text, flag)
+    if args.output and args.prompt_file and args.output.exists() and args.output.samefile(args.prompt_file):
+        raise ValueError(f"--output {args.output}: is the --prompt-file; give another place")
     prompts = read_prompts(args.prompt_file) if args.prompt_file else [Prompt(args.prompt, "--prompt")]
     from megatron_sharedproj.inference.engine import Engine, EngineOptions, requests_for
     from megatron_sharedproj.inference.sampling import Sampling
@@ -226,11 +232,10 @@ def report(args: argparse.Namespace, engine: Any, completions: list[Any]) -> Non
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0, 1 if output failed, 2 for a mistake in the flags (one line), 130 after Ctrl-C."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a character ends no run
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return run_distributed(build_parser(), run, argv)
-    except KeyboardInterrupt as interrupt:
-        print_error(f"interrupted; {interrupt}" if str(interrupt) else "interrupted")
-        return 130
     except BrokenPipeError:  # the reader went away; the interpreter must not complain when it flushes
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

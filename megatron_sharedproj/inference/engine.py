@@ -326,8 +326,8 @@ class Engine:
     def _choose(self, logits: Tensor, sequences: list[_Sequence], sampling: Sampling) -> list[int]:
         if not bool(logits.amax(-1).isfinite().all()):  # NaN would choose a token that does not exist
             raise ValueError(
-                f"--load {self.loaded.folder}: the model's logits are not finite; its weights are damaged or its "
-                "training diverged: load an earlier iteration"
+                f"--load {self.loaded.folder}: the model's logits are not finite; its weights are damaged or "
+                "its training diverged: load an earlier iteration"
             )
         greedy = sampling.temperature == 0
         drawn = torch.zeros(len(sequences)) if greedy else uniforms([s.generator for s in sequences])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -9,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from megatron_sharedproj.duration import format_duration
 
@@ -32,7 +33,7 @@ class Prompt:
 def read_prompts(path: str | Path) -> list[Prompt]:
     """Prompts of a UTF-8 file: one per line, or one {"prompt": ...} per line where it ends in .jsonl.
 
-    Blank lines are skipped.
+    Blank lines are skipped, and so is a byte order mark. Lines end in LF or CRLF, at nothing else.
 
     Raises:
         ValueError: naming the file, and the line where one is wrong.
@@ -40,7 +41,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     path = Path(path)
     name = f"--prompt-file {path}"
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{name}: not UTF-8 text (byte {error.start}); convert it") from None
     except OSError as error:
@@ -57,28 +58,50 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     return prompts
 
 
+def check_text(text: str, where: str) -> None:
+    """Raise ValueError for half a surrogate pair: it has no UTF-8, so no tokenizer and no file takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: character {error.start + 1} is not Unicode text ({text[error.start]!a}); give UTF-8"
+        ) from None
+
+
 def _parse_json(line: str, where: str) -> Prompt:
     try:
         record = json.loads(line)
-    except ValueError as error:
+        again = json.dumps(record, ensure_ascii=False)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f'{where}: not valid JSON ({error}); write {{"prompt": "..."}}') from None
+    check_text(again, where)
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
         raise ValueError(f'{where}: no "prompt" with a text; write {{"prompt": "..."}}')
     return Prompt(record.pop("prompt"), where, record)
 
 
 class JsonLines:
-    """A .jsonl file that is written line by line, each one whole as soon as it is there."""
+    """A .jsonl file that is written line by line, each one whole as soon as it is there.
+
+    Where the disk is full, the half of a line that still fitted is taken back.
+    """
 
     def __init__(self, path: Path):
         self.path = path
-        self.count = 0
-        self._file: TextIO = path.open("w", encoding="utf-8")
+        self._size = 0
+        self._file = path.open("wb", buffering=0)  # a buffer would be written again when it is closed
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._file.flush()
-        self.count += 1
+        line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
+        written = 0
+        try:
+            while written < len(line):
+                written += self._file.write(line[written:])
+        except OSError:
+            with contextlib.suppress(OSError):  # what is no regular file cannot be cut
+                self._file.truncate(self._size)
+            raise
+        self._size += written
 
     def close(self) -> None:
         self._file.close()

@@ -57,8 +57,10 @@ def sample(logits: Tensor, sampling: Sampling, drawn: Tensor) -> Tensor:
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    # The largest is 0 before the division: a temperature near 0 makes the others -inf, and no NaN.
-    logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
+    # The largest is 0 before the division: a temperature near 0 makes the others -inf, and no NaN. Beyond
+    # these limits float32 would read the temperature itself as 0 or as infinite.
+    temperature = min(max(sampling.temperature, 1e-30), 1e30)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if sampling.top_k:
         kept = torch.topk(logits, min(sampling.top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kept, float("-inf"))

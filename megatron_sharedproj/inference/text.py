@@ -8,6 +8,7 @@ from typing import Any
 # Tokens whose text is decoded again with each new one: some tokenizers write a token by its neighbours.
 _CONTEXT = 8
 _REPLACEMENT = "\ufffd"  # what decoders put for bytes that are not, or not yet, a character
+_LONGEST = 4  # bytes of a character, so tokens that it can take
 
 
 class TextStream:
@@ -22,7 +23,8 @@ class TextStream:
     def __init__(self, tokenizer: Any, prompt: Sequence[int], stop: Sequence[str] = ()):
         self._tokenizer, self._stop = tokenizer, [text for text in stop if text]
         self._window = list(prompt[-_CONTEXT:])
-        self._sent = len(self._decode())
+        self._sent = self._decode()  # the window's text up to what is certain
+        self._open = 0  # tokens since it was all certain
         self._pending = ""  # may be the beginning of a stop string
         self.text = ""
         self.stopped = False
@@ -30,21 +32,45 @@ class TextStream:
     def push(self, token: int) -> str:
         """Add a token; returns the text that is now certain, "" if none is."""
         self._window.append(token)
+        self._open += 1
         whole = self._decode()
-        # One trailing replacement character may be the beginning of a character whose bytes come next.
-        certain = len(whole) - whole.endswith(_REPLACEMENT)
-        piece = whole[self._sent : certain]
-        self._sent = max(self._sent, certain)
-        if certain == len(whole) and len(self._window) > 2 * _CONTEXT:
-            self._window = self._window[-_CONTEXT:]
-            self._sent = len(self._decode())
+        if whole.endswith(_REPLACEMENT):
+            # Maybe the beginning of a character whose bytes come next: one replacement character for all of
+            # them, or (byte fallback) one for each, and for those of the characters just before as well.
+            waits = self._open < _LONGEST
+            piece = self._advance(whole.rstrip(_REPLACEMENT) if waits else whole.removesuffix(_REPLACEMENT))
+        else:
+            piece = self._advance(whole)
+            self._open = 0
+            self._shorten()
         return self._release(piece, last=False)
 
     def finish(self) -> str:
         """No more tokens come: the rest of the text, what was held back included."""
         if self.stopped:
             return ""
-        return self._release(self._decode()[self._sent :], last=True)
+        return self._release(self._advance(self._decode()), last=True)
+
+    def _advance(self, certain: str) -> str:
+        """What is new in the window's certain text."""
+        if not certain.startswith(self._sent):
+            if self._sent.startswith(certain):
+                return ""
+            # The decoder takes back text that is out: go on with the open tokens alone.
+            self._window, self._sent = self._window[-self._open :], ""
+            certain = self._decode()
+        piece = certain[len(self._sent) :]
+        self._sent = certain
+        return piece
+
+    def _shorten(self) -> None:
+        if len(self._window) <= 2 * _CONTEXT:
+            return
+        for size in range(_CONTEXT, _CONTEXT + _LONGEST):  # a cut inside a character would change the text
+            text = self._tokenizer.decode(self._window[-size:])
+            if self._sent.endswith(text):
+                self._window, self._sent = self._window[-size:], text
+                return
 
     def _release(self, piece: str, *, last: bool) -> str:
         self._pending += piece

@@ -212,6 +212,25 @@ def test_a_text_larger_than_a_fixed_pool_is_refused_before_any_work() -> None:
     assert not done
 
 
+def test_a_page_is_no_larger_than_the_longest_text() -> None:
+    loaded = load(positions=200)
+    wanted = requests_for(loaded.tokenizer, prompts((70, 3)), max_new_tokens=5)
+    engine = Engine(loaded, EngineOptions(page_size=64 * 10**12))
+    found = [done.tokens for done in engine.run(wanted, GREEDY)]
+    assert found == [tokens for tokens, _, _ in generated(loaded, wanted)]
+    assert engine.figures.cache_tokens == 2 * 128
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_an_error(temperature: float, value: float) -> None:
+    loaded = load()
+    with torch.no_grad():
+        loaded.model.embedding.word_embeddings.weight[3] = value
+    with pytest.raises(ValueError, match=r"the model's logits are not finite; .*load an earlier iteration"):
+        generated(loaded, [Request((1, 2, 3), 3)], Sampling(temperature))
+
+
 def test_no_request() -> None:
     assert Engine(load()).run([]) == []
 

@@ -83,7 +83,7 @@ def test_the_ends_of_the_range_choose_a_possible_token(drawn: float) -> None:
     assert {0.0: 7, 1.0 - 2**-53: 19}.get(drawn, chosen.item()) == chosen.item()
 
 
-@pytest.mark.parametrize("temperature", [1e-30, 1e-6, 1e30])
+@pytest.mark.parametrize("temperature", [5e-324, 1e-46, 1e-30, 1e-6, 1e30, 1e300])
 def test_extreme_temperatures_choose_a_token(temperature: float) -> None:
     logits = torch.tensor([[300.0, 2.0, 299.0, float("-inf")]])
     chosen = sample(logits, Sampling(temperature), torch.tensor([0.999], dtype=torch.float64))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sharedproj.data.tokenizers import NullTokenizer, train_bpe
+from megatron_sharedproj.data.tokenizers import BPETokenizer, NullTokenizer, train_bpe
 from megatron_sharedproj.inference.text import TextStream
 
 # Characters of 1 to 4 bytes, joined ones, and a replacement character of the text's own.
@@ -59,6 +59,48 @@ def test_bytes_that_are_no_character(byte_level: Any) -> None:
         prompt = byte_level.encode("prompt \u65e5 ")
         whole = byte_level.decode(prompt + ids)[len("prompt \u65e5 ") :]
         assert "".join(stream(byte_level, ids, prompt)) == whole
+
+
+@pytest.fixture(scope="module")
+def byte_fallback() -> Any:
+    """As SentencePiece models have it: a token per byte, whose run decodes as a whole or not at all."""
+    tokenizers = pytest.importorskip("tokenizers")
+    decoders = tokenizers.decoders
+    pieces = ["<unk>", "</s>", *(f"<0x{index:02X}>" for index in range(256)), "\u2581a", "b"]
+    model = tokenizers.models.BPE(vocab={piece: index for index, piece in enumerate(pieces)}, merges=[])
+    rust = tokenizers.Tokenizer(model)
+    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    rust.decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)])
+    return BPETokenizer("fallback", rust, "</s>", None, "")
+
+
+FALLBACK_TEXT = (" a", "b", "\u65e5\u672c\u8a9e", "\U0001f600", "\u00e9")
+
+
+def fallback_ids(text: str) -> list[int]:
+    if text in (" a", "b"):
+        return [258 + (text == "b")]
+    return [2 + byte for byte in text.encode()]
+
+
+def test_a_byte_per_token_with_byte_fallback(byte_fallback: Any) -> None:
+    assert byte_fallback.decode([258, *fallback_ids("\u65e5")[:2]]) == "a\ufffd\ufffd"
+    ids = [258, *fallback_ids("\u65e5\u672c"), 259]
+    for prompt in ([], [258, 259]):
+        first = " a" if prompt else "a"
+        assert stream(byte_fallback, ids, prompt) == [first, "", "", "\u65e5", "", "", "\u672c", "b", ""]
+    generator = random.Random(4)
+    for _ in range(50):
+        parts = [generator.choice(FALLBACK_TEXT) for _ in range(40)]
+        ids = [index for part in parts for index in fallback_ids(part)]
+        assert "".join(stream(byte_fallback, ids, [259])) == "".join(parts)
+
+
+def test_bytes_that_are_no_character_with_byte_fallback(byte_fallback: Any) -> None:
+    """What is out cannot be taken back; the rest is what the tokens after it say."""
+    ids = [258, *fallback_ids("\u65e5"), 2 + 0xE6, 259, 258]
+    assert "".join(stream(byte_fallback, ids)) == "a\u65e5\ufffdb a"
+    assert "".join(stream(byte_fallback, [2 + 0xE6] * 9 + [258])) == "\ufffd" * 9 + " a"
 
 
 def test_an_unfinished_character_comes_at_the_end(byte_level: Any) -> None:

@@ -330,6 +330,11 @@ class SharedProjCache(Cache):  # type: ignore[misc]
             layers=layers, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding
         )
 
+    @property
+    def max_cache_len(self) -> int:
+        """Tokens that a static cache can hold, -1 for a dynamic one: peft's prefix tuning asks for it."""
+        return int(self.layers[0].get_max_length())
+
     def nbytes(self) -> int:
         """Bytes allocated over all layers, spare room included, each storage counted once."""
         return storage_bytes(x for layer in self.layers for x in layer._stored)

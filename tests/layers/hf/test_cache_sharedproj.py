@@ -215,4 +215,5 @@ def test_cache_counts_each_storage_once(static: int | None) -> None:
         assert cache.nbytes() == sum(layer.nbytes() for layer in cache.layers)
         assert cache.is_compileable == (static is not None)
         assert cache.is_initialized
+        assert cache.max_cache_len == (static or -1)
     assert sizes["qk_eq_v"] * 2 == sizes["qkv"] == 2 * 2 * (static or BLOCK) * B * G * E * 4
