@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from megatron_sharedproj.cpu_linear import linear_with_grad_accumulation_and_async_allreduce
+
 _ENGINE = "megatron.core"
 
 
@@ -231,7 +233,9 @@ def _clip_grad_by_total_norm(
 
 # Functions whose bodies demand CUDA by more than a device name. There is no public hook for either:
 # the first sets the CUDA generator through torch._C, the second asserts 'torch.cuda.FloatTensor'.
+# The third (a public one) calls products that are slow on a CPU.
 _REPLACED = {
+    "linear_with_grad_accumulation_and_async_allreduce": linear_with_grad_accumulation_and_async_allreduce,
     "_set_cuda_rng_state": _set_rng_state,
     "clip_grad_by_total_norm_fp32": _clip_grad_by_total_norm,
 }

@@ -1,0 +1,89 @@
+"""Megatron-Core's linear layers on a CPU, with oneDNN's fp32 products where MKL's are slow.
+
+PyTorch takes fp32 products from MKL, which keeps to AVX2 on processors that are not Intel's; oneDNN, which
+PyTorch ships and uses for bf16, computes them in AVX-512: about twice the rate (benchmarks/LOG.md).
+
+Shape legend: s sequence, b batch, m rows (s * b), k inputs, n outputs on this rank.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Multiply-accumulates below which oneDNN's call costs more than it saves.
+_SMALLEST = 1 << 22
+
+
+@cache
+def onednn_is_faster() -> bool:
+    """Whether fp32 products go to oneDNN on this machine: by a rule, so that restarts compute alike."""
+    if not torch.backends.mkl.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    try:
+        vendor = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "GenuineIntel" not in vendor and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.t() + bias.
+
+    Args:
+        x: [m, k]; weight: [n, k]; bias: [n]. Views with any strides.
+    Returns:
+        [m, n] in x's dtype; fp32 in fp32, by oneDNN or MKL.
+    """
+    large = x.shape[0] * weight.numel() >= _SMALLEST
+    if large and x.dtype == torch.float32 and x.device.type == "cpu" and onednn_is_faster():
+        # What torch.compile puts in place of a linear layer on a CPU.
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+class _Linear(torch.autograd.Function):
+    """x [m, k], weight [n, k], bias [n] or None -> [m, n]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        return product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        grad_x = product(grad, weight.t()) if ctx.needs_input_grad[0] else None
+        grad_weight = product(grad.t(), x.t()) if ctx.needs_input_grad[1] else None
+        grad_bias = grad.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
+        return grad_x, grad_weight, grad_bias
+
+
+def linear_with_grad_accumulation_and_async_allreduce(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gradient_accumulation_fusion: bool,
+    allreduce_dgrad: bool,
+    sequence_parallel: bool,
+    *unused: Any,
+    tp_group: Any = None,
+    **unused_too: Any,
+) -> Tensor:
+    """Stands in for megatron.core.tensor_parallel.layers' function of the same name, on a CPU.
+
+    Same arguments, collectives and result; what it overlaps or fuses on a GPU does not exist here.
+    """
+    from megatron.core.tensor_parallel import mappings
+
+    if sequence_parallel:
+        input = mappings.gather_from_sequence_parallel_region(input, True, tp_group)
+    elif allreduce_dgrad:
+        input = mappings.copy_to_tensor_model_parallel_region(input, tp_group)
+    rows = _Linear.apply(input.flatten(0, -2), weight, bias)
+    return rows.view(*input.shape[:-1], weight.shape[0])
