@@ -17,6 +17,8 @@ from torch import Tensor
 
 # Multiply-accumulates below which oneDNN's call costs more than it saves.
 _SMALLEST = 1 << 22
+# Outputs for each input from which a layer's weight gradient stays with MKL.
+_WIDE = 8
 
 
 @cache
@@ -59,7 +61,11 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         grad_x = product(grad, weight.t()) if ctx.needs_input_grad[0] else None
-        grad_weight = product(grad.t(), x.t()) if ctx.needs_input_grad[1] else None
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            # oneDNN copies the gradient to turn it: not worth its memory for that of the logits.
+            wide = grad.shape[1] > _WIDE * x.shape[1]
+            grad_weight = grad.t() @ x if wide else product(grad.t(), x.t())
         grad_bias = grad.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
         return grad_x, grad_weight, grad_bias
 
