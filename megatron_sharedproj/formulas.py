@@ -1,4 +1,4 @@
-"""Every count: parameters, multiply-accumulates, FLOPs, cache bytes, training memory.
+"""Every count: parameters, multiply-accumulates, FLOPs, cache bytes (training memory: formulas_memory.py).
 
 Pure functions of a ModelConfig, needing neither torch nor Megatron. Trainer, profiler, README tables and
 model cards read these and nothing else. Closed forms: the paper's released tables (paper.md, section 6).
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 
-from megatron_sharedproj.config import ModelConfig, ParallelConfig
+from megatron_sharedproj.config import ModelConfig
 
 
 def projected_rows(config: ModelConfig) -> int:
@@ -67,65 +67,103 @@ def macs(config: ModelConfig, seq_length: int, *, causal: bool = False) -> dict[
     return counts
 
 
+def flops(config: ModelConfig, seq_length: int, *, causal: bool = False) -> dict[str, int]:
+    """FLOPs of the matrix products of one training step over one sequence: forward, backward, total.
+
+    Two per multiply-accumulate. The backward is twice the forward: a product's two gradients are products
+    of the same size. What is recomputed (activation recompute, the scores in a fused kernel) is not counted,
+    nor are elementwise operations; arguments as in :func:`macs`.
+    """
+    forward = 2 * macs(config, seq_length, causal=causal)["total"]
+    return {"forward": forward, "backward": 2 * forward, "total": 3 * forward}
+
+
 def train_flops_per_token(config: ModelConfig, seq_length: int) -> float:
     """FLOPs per trained token: 2 per multiply-accumulate, causal scores, backward twice the forward.
 
     The count behind TFLOP/s and MFU in the log. Megatron's own formula assumes three projections.
     """
-    return 3 * 2 * macs(config, seq_length, causal=True)["total"] / seq_length
+    return flops(config, seq_length, causal=True)["total"] / seq_length
 
 
-def kv_cache_bytes_per_token(config: ModelConfig, bytes_per_element: int = 2) -> int:
-    """Key/value cache bytes per token over all layers: m g e layers bytes, m = 1 when K and V are tied."""
-    tensors = len(config.variant.cached)
-    return tensors * config.num_query_groups * config.kv_channels * config.num_layers * bytes_per_element
+def elementwise_flops(config: ModelConfig, seq_length: int) -> dict[str, int]:
+    """Multiplications and additions that torch.profiler counts beside the products of a forward pass.
 
-
-def training_memory_bytes(
-    config: ModelConfig,
-    parallel: ParallelConfig,
-    *,
-    seq_length: int,
-    micro_batch_size: int,
-    data_parallel_size: int = 1,
-    low_precision: bool = False,
-) -> dict[str, int]:
-    """Bytes that one rank needs to train, by component; without recompute, allocator slack or workspace.
-
-    fp32: 4 bytes each for weight, gradient buffer and two Adam moments. bf16/fp16: 2 for the weight, 4 for
-    the fp32 gradient buffer, 12 for the master weight and moments, which the distributed optimizer divides
-    over the data-parallel ranks. Activations count what autograd keeps per layer: the norms' and linears'
-    inputs, the projected tensors, attention output, MLP intermediate and dropout masks; the logits are kept
-    in fp32 with their gradient.
+    One per element of the first operand, of aten::mul and aten::add only: norms, softmax, activations and
+    subtractions count nothing. The masking of scores is not in it: the released code fills, which counts
+    nothing (counted_flops.py).
 
     Args:
-        seq_length: tokens in a sequence; micro_batch_size: sequences in one forward pass.
-        data_parallel_size: ranks over which the distributed optimizer shards its state.
-        low_precision: bf16 or fp16 parameters.
+        seq_length: T tokens of one sequence.
     """
-    tp = parallel.tensor_model_parallel_size
-    per_rank = -(-parameters(config)["total"] // tp)
-    sharded = data_parallel_size if parallel.use_distributed_optimizer else 1
-    weight, state = (2, 12) if low_precision else (4, 8)
-    tokens = seq_length * micro_batch_size
-    width = 2 if low_precision else 4
-    d = config.hidden_size
-    attended = config.num_attention_heads * config.kv_channels
-    up = 3 if config.activation == "swiglu" else 2
-    # Not split by tensor parallelism without sequence parallelism: residual stream, norm outputs, masks.
-    replicated = tokens * d * (6 * width + 2)
-    if parallel.sequence_parallel:
-        replicated //= tp
-    split = tokens * width * (projected_rows(config) + 2 * attended + up * config.ffn_hidden_size) // tp
-    counts = {
-        "weights": per_rank * weight,
-        "gradients": per_rank * 4,
-        "optimizer": per_rank * state // sharded,
-        "activations": config.num_layers * (replicated + split),
-        "logits": tokens * config.padded_vocab_size * (width + 8) // tp,
+    t, d, layers, heads = seq_length, config.hidden_size, config.num_layers, config.num_attention_heads
+    rotated = 0
+    if config.position_embedding_type == "rope":
+        half = int(config.kv_channels * config.rotary_percent) // 2
+        keys = 0 if config.variant.tied_qk else config.num_query_groups
+        # Four multiplications and an addition; the other half is a subtraction.
+        rotated = 5 * t * (heads + keys) * half
+    return {
+        "score_scaling": layers * heads * t * t,
+        "residuals": layers * 2 * t * d,
+        "positions": t * d if config.position_embedding_type == "learned_absolute" else 0,
+        "rotary": layers * rotated,
+        "gating": layers * t * config.ffn_hidden_size if config.activation == "swiglu" else 0,
     }
-    counts["total"] = sum(counts.values())
-    return counts
+
+
+def profiled_flops(config: ModelConfig, seq_length: int) -> int:
+    """FLOPs that torch.profiler counts in one forward pass of the eager fp32 model over one sequence.
+
+    2 MACs (all T^2 scores; a bias is part of its addmm) and :func:`elementwise_flops`. For the paper's
+    models: 2 MACs + layers h T^2 + 2 layers T d + T d (paper.md, section 6).
+    """
+    products = 2 * macs(config, seq_length)["total"]
+    return products + sum(elementwise_flops(config, seq_length).values())
+
+
+def groups_per_rank(config: ModelConfig, tensor_model_parallel_size: int = 1) -> int:
+    """Key/value heads that one tensor-parallel rank holds; fewer groups than ranks: each rank holds one.
+
+    Raises:
+        ValueError: if heads or groups do not divide so.
+    """
+    tp, heads, groups = tensor_model_parallel_size, config.num_attention_heads, config.num_query_groups
+    if tp < 1 or heads % tp or (groups % tp and tp % groups):
+        sizes = [n for n in range(1, heads + 1) if not heads % n and (not groups % n or not n % groups)]
+        raise ValueError(
+            f"--tensor-model-parallel-size {tp}: must divide --num-attention-heads {heads}, and divide "
+            f"--num-query-groups {groups} or be a multiple of it; use one of {sizes}"
+        )
+    return max(1, groups // tp)
+
+
+def kv_cache_bytes_per_token(
+    config: ModelConfig, bytes_per_element: int = 2, tensor_model_parallel_size: int = 1
+) -> int:
+    """Key/value cache bytes per token on one rank, all layers: m g e layers bytes, m = 1 if K and V are tied.
+
+    Args:
+        bytes_per_element: width of the cache's dtype.
+        tensor_model_parallel_size: ranks over which the groups are split (:func:`groups_per_rank`).
+    Raises:
+        ValueError: for a number of ranks that the groups cannot be split over.
+    """
+    groups = groups_per_rank(config, tensor_model_parallel_size)
+    per_layer = len(config.variant.cached) * groups * config.kv_channels
+    return config.num_layers * per_layer * bytes_per_element
+
+
+def kv_cache_bytes(
+    config: ModelConfig,
+    tokens: int,
+    batch_size: int = 1,
+    bytes_per_element: int = 2,
+    tensor_model_parallel_size: int = 1,
+) -> int:
+    """Key/value cache bytes on one rank of ``batch_size`` sequences with ``tokens`` tokens each."""
+    per_token = kv_cache_bytes_per_token(config, bytes_per_element, tensor_model_parallel_size)
+    return tokens * batch_size * per_token
 
 
 # Dense peak FLOP/s of tensor cores in bf16, from NVIDIA's data sheets; what MFU is a fraction of.

@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_sharedproj import formulas
 from megatron_sharedproj.config import RunConfig
 from megatron_sharedproj.device import Device
+from megatron_sharedproj.formulas_memory import training_memory_bytes
 
 
 def check_parallel(config: RunConfig, world_size: int) -> int:
@@ -201,13 +202,14 @@ def check_device(config: RunConfig, device: Device, data_parallel_size: int) -> 
                 raise ValueError(
                     f"{flag}: needs a GPU, and none is visible here; drop it to train in fp32 on the CPU"
                 )
-    need = formulas.training_memory_bytes(
+    need = training_memory_bytes(
         config.model,
         config.parallel,
         seq_length=train.seq_length,
         micro_batch_size=train.micro_batch_size,
         data_parallel_size=data_parallel_size,
         low_precision=train.bf16 or train.fp16,
+        fused=device.has_fused_kernels,
     )["total"]
     have = device.total_memory_bytes()
     line = f"memory per process: about {need / 2**30:.2f} GiB needed, {have / 2**30:.2f} GiB there"

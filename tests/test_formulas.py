@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 
 from megatron_sharedproj import formulas
-from megatron_sharedproj.config import PRESETS, ModelConfig, ParallelConfig
+from megatron_sharedproj.config import PRESETS, ModelConfig
+from megatron_sharedproj.profiling.commands.models import PAPER_VARIANTS, PaperVariant
 
 # name: (variant, groups at 300M)
 MODELS = {
@@ -151,62 +155,6 @@ def test_train_flops_per_token() -> None:
     assert per_token == pytest.approx(6 * causal / 2048, rel=1e-15)
 
 
-def memory(config: ModelConfig | None = None, parallel: ParallelConfig | None = None, **changes: Any) -> Any:
-    values: dict[str, Any] = {"seq_length": 512, "micro_batch_size": 2, **changes}
-    return formulas.training_memory_bytes(config or model_300m("qkv"), parallel or ParallelConfig(), **values)
-
-
-def test_training_memory_of_weights_is_exact() -> None:
-    counts = memory()
-    assert (counts["weights"], counts["gradients"]) == (4 * 305_534_976, 4 * 305_534_976)
-    assert counts["optimizer"] == 8 * 305_534_976
-    low = memory(low_precision=True)
-    assert (low["weights"], low["gradients"]) == (2 * 305_534_976, 4 * 305_534_976)
-    assert low["optimizer"] == 12 * 305_534_976
-    for each in (counts, low):
-        assert each["total"] == sum(value for name, value in each.items() if name != "total")
-
-
-@pytest.mark.parametrize(
-    "larger",
-    [
-        {"seq_length": 1024},
-        {"micro_batch_size": 4},
-        {"config": model_300m("qkv").replace(num_layers=24)},
-        {"config": model_300m("qkv").replace(ffn_hidden_size=8192)},
-        {"config": model_300m("qkv").replace(padded_vocab_size=60000)},
-        {"config": model_300m("qkv").replace(activation="swiglu")},
-    ],
-)
-def test_training_memory_grows(larger: dict[str, Any]) -> None:
-    assert memory(**larger)["total"] > memory()["total"]
-
-
-def test_training_memory_shrinks_with_fewer_projections() -> None:
-    totals = [memory(model_300m(name))["total"] for name in ("qkv", "qk_eq_v", "Q-GQA-4", "Q-MQA")]
-    assert totals == sorted(totals, reverse=True)
-    assert len(set(totals)) == len(totals)
-
-
-def test_training_memory_of_parallel_runs() -> None:
-    one, two = memory(), memory(parallel=ParallelConfig(tensor_model_parallel_size=2))
-    sequence = memory(parallel=ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True))
-    for part in ("weights", "gradients", "optimizer", "logits"):
-        assert two[part] * 2 == one[part]
-    assert one["activations"] / 2 < two["activations"] < one["activations"]
-    assert sequence["activations"] * 2 == one["activations"]
-
-
-def test_only_the_distributed_optimizer_divides_its_state() -> None:
-    plain = memory(data_parallel_size=8)
-    sharded = memory(parallel=ParallelConfig(use_distributed_optimizer=True), data_parallel_size=8)
-    assert plain == memory()
-    assert sharded["optimizer"] * 8 == plain["optimizer"]
-    assert {k: v for k, v in sharded.items() if k not in ("optimizer", "total")} == {
-        k: v for k, v in plain.items() if k not in ("optimizer", "total")
-    }
-
-
 @pytest.mark.parametrize(
     "name, flops",
     [
@@ -225,3 +173,182 @@ def test_only_the_distributed_optimizer_divides_its_state() -> None:
 )
 def test_peak_flops(name: str, flops: float | None) -> None:
     assert formulas.peak_flops(name) == flops
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 128])
+@pytest.mark.parametrize("causal", [False, True])
+def test_flops_of_a_step(tokens: int, causal: bool) -> None:
+    config = model_300m("Q-GQA-4")
+    found = formulas.flops(config, tokens, causal=causal)
+    forward = 2 * formulas.macs(config, tokens, causal=causal)["total"]
+    assert found == {"forward": forward, "backward": 2 * forward, "total": 3 * forward}
+
+
+@pytest.mark.parametrize(
+    "ranks, groups, per_rank", [(1, 16, 16), (4, 16, 4), (4, 4, 1), (8, 4, 1), (16, 1, 1), (2, 4, 2)]
+)
+def test_groups_of_a_rank(ranks: int, groups: int, per_rank: int) -> None:
+    config = PRESETS["300m"].replace(attention_variant="qk_eq_v", num_query_groups=groups)
+    assert formulas.groups_per_rank(config, ranks) == per_rank
+    assert formulas.kv_cache_bytes_per_token(config, 2, ranks) == per_rank * 64 * 20 * 2
+    assert formulas.kv_cache_bytes(config, 100, 3, 1, ranks) == 300 * per_rank * 64 * 20
+
+
+@pytest.mark.parametrize(("heads", "groups", "ranks"), [(16, 16, 3), (16, 4, 0), (16, 1, 32), (12, 6, 4)])
+def test_groups_that_ranks_cannot_share(heads: int, groups: int, ranks: int) -> None:
+    config = PRESETS["300m"].replace(num_attention_heads=heads, num_query_groups=groups, kv_channels=64)
+    with pytest.raises(ValueError, match=rf"--tensor-model-parallel-size {ranks}: must divide .* use one of"):
+        formulas.kv_cache_bytes_per_token(config, 2, ranks)
+
+
+# Every variant with every number of groups that four heads can have.
+_VARIANTS = [(v, 4) for v in ("qkv", "q_eq_k", "qk_eq_v", "q_eq_k_eq_v")] + [
+    (v, g) for v in ("qkv", "qk_eq_v") for g in (2, 1)
+]
+
+
+def accepted() -> list[ModelConfig]:
+    """Every combination of options that the trainer accepts, on a shape whose sizes all differ."""
+    base = ModelConfig(
+        num_layers=2, hidden_size=48, num_attention_heads=4, kv_channels=10, ffn_hidden_size=100,
+        padded_vocab_size=64, max_position_embeddings=16, rotary_percent=0.6,
+    )  # fmt: skip
+    found = []
+    for (variant, groups), norm, activation, position, bias, qk_norm, untied in itertools.product(
+        _VARIANTS, ("LayerNorm", "RMSNorm"), ("gelu", "gelu_tanh", "swiglu"),
+        ("learned_absolute", "rope", "none"), (True, False), (False, True), (False, True),
+    ):  # fmt: skip
+        try:
+            found.append(base.replace(
+                attention_variant=variant, num_query_groups=groups, normalization=norm, activation=activation,
+                position_embedding_type=position, add_bias_linear=bias, qk_layernorm=qk_norm,
+                untie_embeddings_and_output_weights=untied,
+            ))  # fmt: skip
+        except ValueError:
+            continue
+    return found
+
+
+ACCEPTED = accepted()
+assert len(ACCEPTED) == 696
+# One in 17: a prime, so that every option's values appear.
+SAMPLE = ACCEPTED[::17]
+
+
+OPTIONS = (
+    "attention_variant", "num_query_groups", "normalization", "activation", "position_embedding_type",
+    "add_bias_linear", "qk_layernorm", "untie_embeddings_and_output_weights",
+)  # fmt: skip
+
+
+def short_name(config: ModelConfig) -> str:
+    return "-".join(str(getattr(config, name)) for name in OPTIONS)
+
+
+def check_built_model(config: ModelConfig) -> None:
+    """Parameters by component, products forward and backward, all that the profiler counts, cache bytes."""
+    import torch
+
+    from megatron_sharedproj.layers.hf import SharedProjCache
+    from megatron_sharedproj.profiling.counted_flops import count_flops, eager_model
+
+    tokens = 7
+    model = eager_model(config)
+    held = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    parts = {
+        "embedding": "embed_tokens", "position_embedding": "embed_positions", "attention": ".self_attn.",
+        "mlp": ".mlp.", "head": "lm_head", "norms": "norm.",
+    }  # fmt: skip
+    counts = formulas.parameters(config)
+    assert sum(held.values()) == counts["total"]
+    for part, mark in parts.items():
+        names = [name for name in held if mark in name and (part != "norms" or "self_attn" not in name)]
+        assert sum(held[name] for name in names) == counts[part], part
+    assert count_flops(model, tokens).total == formulas.profiled_flops(config, tokens)
+
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False).logits.sum().backward()
+    assert counter.get_total_flops() == formulas.flops(config, tokens)["total"]
+
+    cache = SharedProjCache(model.config, max_cache_len=tokens)
+    with torch.no_grad():
+        model(input_ids=torch.zeros(3, 2, dtype=torch.long), past_key_values=cache, use_cache=True)
+    assert cache.nbytes() == formulas.kv_cache_bytes(config, tokens, 3, bytes_per_element=4)
+
+
+@pytest.mark.parametrize("config", SAMPLE, ids=short_name)
+def test_built_models(config: ModelConfig) -> None:
+    check_built_model(config)
+
+
+def test_the_sample_has_every_option() -> None:
+    for name, values in zip(OPTIONS, (4, 3, 2, 3, 3, 2, 2, 2), strict=True):
+        assert len({getattr(config, name) for config in SAMPLE}) == values, name
+
+
+@pytest.mark.slow
+def test_all_built_models() -> None:
+    for config in ACCEPTED:
+        check_built_model(config)
+
+
+@pytest.mark.parametrize("preset", ["300m", "1b"])
+@pytest.mark.parametrize("row", PAPER_VARIANTS, ids=lambda row: row.name)
+def test_models_of_both_sizes(parallel_state: Any, preset: str, row: PaperVariant) -> None:
+    """Megatron-Core's model and the Hugging Face form, built without memory."""
+    import torch
+
+    from megatron_sharedproj.model import build_model
+    from megatron_sharedproj.profiling.counted_flops import eager_model
+
+    base = PRESETS[preset]
+    groups = row.groups(base.num_attention_heads)
+    config = base.replace(attention_variant=row.variant, num_query_groups=groups)
+    counts = formulas.parameters(config)
+    with torch.device("meta"):
+        megatron = build_model(config)
+    assert sum(p.numel() for p in megatron.parameters()) == counts["total"]
+    assert sum(p.numel() for p in eager_model(config, "meta").parameters()) == counts["total"]
+    # Each linear's weight is read once per token; the head is the tied embedding.
+    linears = sum(
+        p.numel() for name, p in megatron.named_parameters() if "linear" in name and name.endswith("weight")
+    )
+    macs = formulas.macs(config, 3)
+    assert macs["projections"] + macs["output"] + macs["mlp"] == 3 * linears
+    assert macs["head"] == 3 * counts["embedding"]
+
+
+_RANKS = """
+import torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from megatron_sharedproj.device import get_device
+get_device().install()
+torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+from megatron.core import parallel_state
+parallel_state.initialize_model_parallel(tensor_model_parallel_size=8, create_gloo_process_groups=False)
+from megatron_sharedproj import formulas
+from megatron_sharedproj.config import PRESETS, ParallelConfig
+from megatron_sharedproj.layers.kv_cache import KVCache
+from megatron_sharedproj.model import build_model
+from megatron_sharedproj.profiling.commands.models import PAPER_VARIANTS
+for row in PAPER_VARIANTS:
+    config = PRESETS["300m"].replace(
+        num_layers=2, attention_variant=row.variant, num_query_groups=row.groups(16), padded_vocab_size=64
+    )
+    model = build_model(config, ParallelConfig(tensor_model_parallel_size=8))
+    groups = {layer.self_attention.num_query_groups_per_partition for layer in model.decoder.layers}
+    assert groups == {formulas.groups_per_rank(config, 8)}, (row.name, groups)
+    cache = KVCache.for_model(model, config.variant, max_sequences=3, max_tokens=64, page_size=None)
+    assert cache.nbytes() == formulas.kv_cache_bytes(config, 64, 3, 4, 8), row.name
+    print(row.name)
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_of_eight_holds_what_the_formula_says() -> None:
+    """Megatron-Core's own layers on rank 0 of 8: 16, 4 and 1 groups."""
+    done = subprocess.run([sys.executable, "-c", _RANKS], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 8

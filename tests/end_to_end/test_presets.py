@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser
 
-from megatron_sharedproj import formulas
 from megatron_sharedproj.arguments import build_parser, run_config
 from megatron_sharedproj.config import PRESETS, RunConfig
+from megatron_sharedproj.formulas_memory import training_memory_bytes
 from megatron_sharedproj.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,7 +62,7 @@ def test_preset_is_the_papers(preset: str, variant: str) -> None:
     assert (train.adam_beta1, train.adam_beta2, train.weight_decay, train.clip_grad) == (0.9, 0.95, 0.1, 1.0)
     assert train.bf16 and train.weight_decay_on_all and train.seed == 42
     assert (config.checkpoint.save_interval, config.log.log_interval) == (1000, 10)
-    need = formulas.training_memory_bytes(
+    need = training_memory_bytes(
         config.model, config.parallel, seq_length=train.seq_length, micro_batch_size=train.micro_batch_size,
         low_precision=True,
     )["total"]  # fmt: skip

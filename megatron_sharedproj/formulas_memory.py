@@ -1,0 +1,372 @@
+"""What a training step keeps in memory and sends over the network, per rank, by component; in bytes.
+
+Pure functions of configurations, needing neither torch nor Megatron. They extend V. Korthikanti et al.,
+"Reducing Activation Recomputation in Large Transformer Models" (arXiv 2205.05198): its section 4.1 counts a
+layer's activations, 4.2 divides them by tensor, sequence and pipeline parallelism, section 5 is selective
+recompute. What differs here: a variant saves the tensors that it projects (one for a tied key and value),
+attention saves the log-sum-exp instead of scores, and a dropout mask is 1 byte with GPU kernels and as wide
+as its input on a CPU.
+
+Shape legend: d hidden size, h heads, g groups, e head size, f ffn size, V padded vocabulary, T tokens of a
+micro batch, t tensor-parallel ranks, p pipeline stages, w bytes of a parameter or activation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from megatron_sharedproj.config import ModelConfig, ParallelConfig
+from megatron_sharedproj.formulas import projected_rows
+
+RECOMPUTE = ("none", "selective", "full")
+
+# What training_memory_bytes leaves out; printed wherever its counts are.
+NOT_MODELLED = (
+    "CUDA context and libraries, cuBLAS and attention workspace, NCCL buffers",
+    "what the allocator holds beyond the tensors (fragmentation, rounding)",
+    "temporaries of the optimizer's step, padding of Megatron's parameter buffers",
+    "batches in the loader, and copies made while a checkpoint is saved",
+)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One rank's part of a training step; the arguments are those of :func:`training_memory_bytes`."""
+
+    config: ModelConfig
+    parallel: ParallelConfig
+    seq_length: int
+    micro_batch_size: int
+    low_precision: bool
+    fused: bool
+    recompute: str
+    stages: int
+    stage: int
+
+    def __post_init__(self) -> None:
+        sizes = {"seq-length": self.seq_length, "micro-batch-size": self.micro_batch_size}
+        for flag, value in sizes.items():
+            if value < 1:
+                raise ValueError(f"--{flag} {value}: must be at least 1")
+        if self.recompute not in RECOMPUTE:
+            raise ValueError(
+                f"--recompute-granularity {self.recompute}: choose one of {', '.join(RECOMPUTE)}"
+            )
+        check_stages(self.config, self.stages)
+        if not 0 <= self.stage < self.stages:
+            raise ValueError(f"pipeline stage {self.stage}: must be from 0 to {self.stages - 1}")
+
+    @property
+    def tokens(self) -> int:
+        return self.seq_length * self.micro_batch_size
+
+    @property
+    def width(self) -> int:
+        return 2 if self.low_precision else 4
+
+    @property
+    def layers(self) -> int:
+        return self.config.num_layers // self.stages
+
+    @property
+    def first(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def last(self) -> bool:
+        return self.stage == self.stages - 1
+
+    @property
+    def ranks(self) -> int:
+        return self.parallel.tensor_model_parallel_size
+
+    def residual(self, per_token: int) -> int:
+        """Bytes over all tokens of what only sequence parallelism divides."""
+        return self.tokens * per_token // (self.ranks if self.parallel.sequence_parallel else 1)
+
+    @property
+    def mask(self) -> int:
+        """Bytes of a dropout mask per token: PyTorch's CPU dropout keeps the noise in the input's dtype."""
+        if not self.config.hidden_dropout:
+            return 0
+        return self.config.hidden_size * (1 if self.fused else self.width)
+
+    @property
+    def norm(self) -> int:
+        """Bytes of a norm per token: input, output (the next linear's input), and the fp32 statistics."""
+        rms = self.config.normalization == "RMSNorm"
+        tensors = 3 if rms and not self.fused else 2  # PyTorch's CPU RMSNorm keeps the normed input too
+        statistics = (1 if rms else 2) * (4 if self.fused else self.width)
+        return tensors * self.config.hidden_size * self.width + statistics
+
+    @cached_property
+    def attention(self) -> int:
+        """Bytes that a layer's attention saves on this rank: projection, output, and what lies between."""
+        c, ranks = self.config, self.ranks
+        heads, groups = c.num_attention_heads // ranks, max(1, c.num_query_groups // ranks)
+        attended = c.num_attention_heads * c.kv_channels // ranks
+        # With fewer groups than ranks every rank gathers all rows (layers/attention.py).
+        rows = projected_rows(c) // (ranks if c.num_query_groups >= ranks else 1)
+        rope = c.position_embedding_type == "rope"
+        keys = groups * c.kv_channels
+        # Several query heads in each of several groups are not one strided view: reshape copies them.
+        copied = attended if 1 < groups < heads and (c.qk_layernorm or not rope) else 0
+        changed = attended + keys if rope or c.qk_layernorm else 0
+        elements, fp32 = rows + copied + changed + attended, heads
+        if c.qk_layernorm:
+            fp32 += (1 if c.normalization == "RMSNorm" else 2) * (heads + groups)
+            if c.normalization == "RMSNorm" and not self.fused:
+                elements += attended + keys
+        if self.recompute == "selective":
+            fp32 -= heads
+        elif c.attention_dropout and not self.fused:
+            # No CPU kernel has dropout: plain attention keeps scaled copies and three of the scores.
+            elements += 2 * attended + 3 * heads * self.seq_length - changed
+            elements -= 0 if c.qk_layernorm else copied
+            if heads != groups:  # the value is repeated, and the projection kept for a norm only
+                elements += attended - (0 if c.qk_layernorm else rows)
+            fp32 -= heads
+        tables = 4 * self.seq_length * int(c.kv_channels * c.rotary_percent) * self.width if rope else 0
+        return self.tokens * (elements * self.width + 4 * fp32) + tables
+
+    @property
+    def mlp(self) -> int:
+        """Bytes that a layer's MLP saves on this rank: input and output of the activation."""
+        tensors = 2
+        if self.config.activation == "swiglu":
+            # Unfused, Megatron keeps silu's output and a copy of the other half; its fusion needs biases.
+            tensors = 3 if self.fused and self.config.add_bias_linear else 5
+        return self.tokens * tensors * self.config.ffn_hidden_size * self.width // self.ranks
+
+    @property
+    def layer(self) -> int:
+        """Bytes of a layer's activations while its backward runs."""
+        return self.residual(2 * self.norm + 2 * self.mask) + self.attention + self.mlp
+
+    @property
+    def kept(self) -> int:
+        """Bytes of a layer's activations between its forward and its backward."""
+        if self.recompute == "full":
+            return self.residual(self.config.hidden_size * self.width)
+        return self.layer
+
+    @property
+    def ends(self) -> int:
+        """Bytes of the embedding (indices, dropout mask) and of the final norm and loss, where they are."""
+        learned = self.config.position_embedding_type == "learned_absolute"
+        total = self.tokens * 8 * (1 + learned) + self.residual(self.mask) if self.first else 0
+        return total + (self.residual(self.norm) + self.tokens * 9 if self.last else 0)
+
+    @property
+    def probabilities(self) -> int:
+        """Bytes of the softmax over the vocabulary, fp32, which its gradient overwrites."""
+        return self.tokens * self.config.padded_vocab_size * 4 // self.ranks if self.last else 0
+
+    def peak(self, saved: int, master_copy: int) -> int:
+        """Most bytes beside weights, gradients and optimizer, where `saved` are kept when backward starts."""
+        c = self.config
+        table = c.padded_vocab_size * c.hidden_size * self.width // self.ranks
+        tied = not c.untie_embeddings_and_output_weights and self.stages == 1
+        logits = self.tokens * c.padded_vocab_size * self.width // self.ranks if self.last else 0
+        probabilities = self.probabilities
+        # Autograd holds the head's gradient until the embedding's, of the same weight, is there.
+        held = table if tied else 0
+        mlp = (self.tokens + c.hidden_size) * c.ffn_hidden_size * self.width // self.ranks
+        again = self.layer if self.recompute == "full" else 0
+        return max(
+            saved + probabilities + (logits if self.low_precision else 0),
+            saved + logits + table if self.last else 0,
+            saved + held + mlp + again,
+            held + table if self.first else 0,
+            master_copy,
+        )
+
+
+def check_stages(config: ModelConfig, stages: int) -> None:
+    """Raise ValueError if the layers do not divide over the pipeline stages."""
+    if stages < 1 or config.num_layers % stages:
+        divisors = [n for n in range(1, config.num_layers + 1) if config.num_layers % n == 0]
+        raise ValueError(
+            f"--pipeline-model-parallel-size {stages}: must divide --num-layers {config.num_layers}; use one "
+            f"of {divisors}"
+        )
+
+
+def parameters_per_rank(
+    config: ModelConfig,
+    tensor_parallel_size: int = 1,
+    *,
+    pipeline_parallel_size: int = 1,
+    pipeline_stage: int = 0,
+) -> int:
+    """Parameters that one rank holds, in elements.
+
+    Column- and row-parallel weights, column biases and the vocabulary are divided by t; norms, position
+    embedding and row biases are whole on every rank (megatron.core.tensor_parallel.layers). With several
+    stages the last has a copy of a tied embedding (megatron.core.models.common.language_module).
+
+    Raises:
+        ValueError: where the layers do not divide over the stages.
+    """
+    check_stages(config, pipeline_parallel_size)
+    d, f, ranks = config.hidden_size, config.ffn_hidden_size, tensor_parallel_size
+    bias = int(config.add_bias_linear)
+    up = (2 if config.activation == "swiglu" else 1) * f
+    rows, attended = projected_rows(config), config.num_attention_heads * config.kv_channels
+    norm = 2 if config.normalization == "LayerNorm" else 1
+    split = (rows + up) * (d + bias) + (attended + f) * d
+    whole = 2 * (bias + norm) * d + (2 * norm * config.kv_channels if config.qk_layernorm else 0)
+    table = config.padded_vocab_size * d // ranks
+    count = config.num_layers // pipeline_parallel_size * (split // ranks + whole)
+    first, last = pipeline_stage == 0, pipeline_stage == pipeline_parallel_size - 1
+    if first:
+        learned = config.position_embedding_type == "learned_absolute"
+        count += table + (config.max_position_embeddings * d if learned else 0)
+    if last:
+        own_head = config.untie_embeddings_and_output_weights or not first
+        count += norm * d + (table if own_head else 0)
+    return count
+
+
+def training_memory_bytes(
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    *,
+    seq_length: int,
+    micro_batch_size: int,
+    data_parallel_size: int = 1,
+    low_precision: bool = False,
+    fused: bool = True,
+    recompute: str = "none",
+    pipeline_parallel_size: int = 1,
+    pipeline_stage: int = 0,
+    micro_batches: int | None = None,
+) -> dict[str, int]:
+    """Bytes that one rank needs to train, by component, and their ``total``; see NOT_MODELLED.
+
+    Weights, gradient buffer and Adam state are 4 + 4 + 8 bytes a parameter in fp32 and 2 + 4 + 12 in bf16 or
+    fp16 (fp32 master weight and two moments), of which Megatron's distributed optimizer divides the last over
+    the data-parallel ranks. ``activations`` are what autograd keeps between forward and backward, ``logits``
+    the fp32 softmax that the loss keeps, ``temporary`` what the step's largest moment needs beside: gradients
+    on their way to the buffer (a tied embedding's two parts meet only at the end), of the logits and the MLP,
+    and the layer that full recompute runs again.
+
+    Args:
+        seq_length: tokens in a sequence; micro_batch_size: sequences in one forward pass.
+        data_parallel_size: ranks over which the distributed optimizer shards its state.
+        low_precision: bf16 or fp16 parameters.
+        fused: a GPU's kernels; False: what PyTorch's CPU operations keep.
+        recompute: none, selective (Megatron's core_attn) or full (uniform, one layer at a time).
+        pipeline_parallel_size, pipeline_stage: p, and the stage that this rank is. Under the 1F1B schedule
+            stage i holds the activations of p - i micro batches.
+        micro_batches: in a step, which bounds those; None: enough of them.
+    Raises:
+        ValueError: for sizes below 1, an unknown recompute, or layers that do not divide over the stages.
+    """
+    step = _Step(
+        config, parallel, seq_length, micro_batch_size, low_precision, fused, recompute,
+        pipeline_parallel_size, pipeline_stage,
+    )  # fmt: skip
+    if data_parallel_size < 1:
+        raise ValueError(f"--data-parallel-size {data_parallel_size}: must be at least 1")
+    count = parameters_per_rank(
+        config,
+        parallel.tensor_model_parallel_size,
+        pipeline_parallel_size=pipeline_parallel_size,
+        pipeline_stage=pipeline_stage,
+    )
+    own = -(-count // (data_parallel_size if parallel.use_distributed_optimizer else 1))
+    in_flight = pipeline_parallel_size - pipeline_stage
+    in_flight = in_flight if micro_batches is None else min(in_flight, micro_batches)
+    reduced_in_bf16 = low_precision and parallel.grad_reduce_in_bf16
+    activations = in_flight * (step.layers * step.kept + step.ends)
+    peak = step.peak(activations, 4 * own if reduced_in_bf16 else 0)
+    counts = {
+        "weights": count * step.width,
+        "gradients": count * (2 if reduced_in_bf16 else 4),
+        "optimizer": own * (12 if low_precision else 8),
+        "activations": activations,
+        "logits": step.probabilities,
+        "temporary": peak - activations - step.probabilities,
+    }
+    counts["total"] = sum(counts.values())
+    return counts
+
+
+def communication_bytes(
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    *,
+    seq_length: int,
+    micro_batch_size: int,
+    micro_batches: int = 1,
+    data_parallel_size: int = 1,
+    low_precision: bool = False,
+    pipeline_parallel_size: int = 1,
+    pipeline_stage: int = 0,
+) -> dict[str, int]:
+    """Bytes that one rank sends in one optimizer step, by purpose, and their ``total``.
+
+    Collectives are counted as rings: n ranks send 2 (n - 1) / n of a tensor to all-reduce it, half of that to
+    all-gather or reduce-scatter it. Per layer and micro batch tensor parallelism all-reduces [T, d] twice
+    forward and twice backward; sequence parallelism replaces each by a reduce-scatter and an all-gather and
+    gathers both linears' inputs again in backward (Korthikanti et al., section 4.2;
+    megatron.core.tensor_parallel.layers.LinearWithGradAccumulationAndAsyncCommunication). Not counted: loss
+    and norm scalars, and what recompute sends again.
+
+    Returns:
+        ``tensor_parallel``; ``data_parallel``, the gradient reduction; ``parameter_gather``, the distributed
+        optimizer's; ``pipeline``, activations and their gradients to the neighbours and a tied embedding's
+        gradient between the ends.
+    Raises:
+        ValueError: as :func:`training_memory_bytes`.
+    """
+    step = _Step(
+        config, parallel, seq_length, micro_batch_size, low_precision, True, "none", pipeline_parallel_size,
+        pipeline_stage,
+    )  # fmt: skip
+    ranks, replicas, width = step.ranks, data_parallel_size, step.width
+    count = parameters_per_rank(
+        config, ranks, pipeline_parallel_size=pipeline_parallel_size, pipeline_stage=pipeline_stage
+    )
+    gradient = 2 if low_precision and parallel.grad_reduce_in_bf16 else 4
+    sharded = parallel.use_distributed_optimizer
+    neighbours = (not step.first) + (not step.last)
+    stream = step.tokens * config.hidden_size * width
+    hop = stream // (ranks if parallel.sequence_parallel else 1)
+    tied = not config.untie_embeddings_and_output_weights and step.stages > 1 and (step.first or step.last)
+    table = config.padded_vocab_size * config.hidden_size // ranks
+    counts = {
+        "tensor_parallel": _tensor_parallel_halves(step, micro_batches) * (ranks - 1) // ranks,
+        "data_parallel": (1 if sharded else 2) * (replicas - 1) * count * gradient // replicas,
+        "parameter_gather": (replicas - 1) * count * width // replicas if sharded else 0,
+        "pipeline": micro_batches * neighbours * hop + (table * gradient if tied else 0),
+    }
+    counts["total"] = sum(counts.values())
+    return counts
+
+
+def _tensor_parallel_halves(step: _Step, micro_batches: int) -> int:
+    """Bytes of tensors gathered or scattered over t ranks in a step; an all-reduced one counts twice."""
+    c = step.config
+    stream = step.tokens * c.hidden_size * step.width
+    if step.parallel.sequence_parallel:
+        per_batch = step.layers * 10 * stream
+        # Learned positions are added before the sequence is divided: then only backward gathers.
+        learned = c.position_embedding_type == "learned_absolute"
+        per_batch += (2 + learned) * stream if step.first else 0
+        per_batch += 3 * stream if step.last else 0
+    else:
+        per_batch = (step.layers * 8 + 2 * step.first + 2 * step.last) * stream
+    if c.num_query_groups < step.ranks:
+        per_batch += step.layers * 2 * step.tokens * projected_rows(c) * step.width
+    if step.last:
+        per_batch += 3 * 2 * step.tokens * 4  # the loss's largest logit, target's logit and sum, fp32
+    total = micro_batches * per_batch
+    if step.parallel.sequence_parallel:
+        # Each rank saw a part of the sequence: gradients of norms and row biases are summed once a step.
+        norm = 2 if c.normalization == "LayerNorm" else 1
+        whole = step.layers * 2 * (norm + c.add_bias_linear) * c.hidden_size
+        total += 2 * 4 * (whole + (norm * c.hidden_size if step.last else 0))
+    return total
