@@ -49,25 +49,44 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """x [m, k], weight [n, k], bias [n] or None -> [m, n]."""
+    """x [m, k], weight [n, k], bias [n] or None -> [m, n].
+
+    With a group (sequence parallelism) x holds this rank's rows of m; they are gathered here and again in the
+    backward pass, so that only they are kept, and their gradient is scattered.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, group: Any
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
-        return product(x, weight, bias)
+        ctx.has_bias, ctx.group = bias is not None, group
+        return product(_gather(x, group), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
-        grad_x = product(grad, weight.t()) if ctx.needs_input_grad[0] else None
-        grad_weight = None
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = product(grad, weight.t())
+            if ctx.group is not None:
+                whole, grad_x = grad_x, torch.empty_like(x)
+                torch.distributed.reduce_scatter_tensor(grad_x, whole, group=ctx.group)
         if ctx.needs_input_grad[1]:
             # oneDNN copies the gradient to turn it: not worth its memory for that of the logits.
             wide = grad.shape[1] > _WIDE * x.shape[1]
+            x = _gather(x, ctx.group)
             grad_weight = grad.t() @ x if wide else product(grad.t(), x.t())
         grad_bias = grad.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
-        return grad_x, grad_weight, grad_bias
+        return grad_x, grad_weight, grad_bias, None
+
+
+def _gather(x: Tensor, group: Any) -> Tensor:
+    if group is None:
+        return x
+    whole = x.new_empty(x.shape[0] * group.size(), x.shape[1])
+    torch.distributed.all_gather_into_tensor(whole, x.contiguous(), group=group)
+    return whole
 
 
 def linear_with_grad_accumulation_and_async_allreduce(
@@ -85,11 +104,12 @@ def linear_with_grad_accumulation_and_async_allreduce(
 
     Same arguments, collectives and result; what it overlaps or fuses on a GPU does not exist here.
     """
-    from megatron.core.tensor_parallel import mappings
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 
     if sequence_parallel:
-        input = mappings.gather_from_sequence_parallel_region(input, True, tp_group)
+        tp_group = tp_group or parallel_state.get_tensor_model_parallel_group()
     elif allreduce_dgrad:
-        input = mappings.copy_to_tensor_model_parallel_region(input, tp_group)
-    rows = _Linear.apply(input.flatten(0, -2), weight, bias)
-    return rows.view(*input.shape[:-1], weight.shape[0])
+        input = copy_to_tensor_model_parallel_region(input, tp_group)
+    rows = _Linear.apply(input.flatten(0, -2), weight, bias, tp_group if sequence_parallel else None)
+    return rows.view(-1, *input.shape[1:-1], weight.shape[0])

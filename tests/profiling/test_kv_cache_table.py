@@ -25,8 +25,8 @@ def cache_rows(capsys: pytest.CaptureFixture[str], *line: str) -> list[dict[str,
 @pytest.mark.parametrize("preset", ["300m", "1b"])
 def test_live_caches_hold_what_the_formula_says(capsys: pytest.CaptureFixture[str], preset: str) -> None:
     found = cache_rows(
-        capsys, "--model", preset, "--dtypes", ",".join(kv_cache.DTYPES), "--batch-sizes", "1,3",
-        "--context-lengths", "64,100",
+        capsys, "--model", preset, "--dtype", ",".join(kv_cache.DTYPES), "--batch", "1,3",
+        "--context", "64,100",
     )  # fmt: skip
     assert len(found) == 8 * 5 * 2 * 2
     for row in found:
@@ -57,7 +57,7 @@ def test_figures_of_the_paper(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_bytes_of_a_rank(capsys: pytest.CaptureFixture[str]) -> None:
     """16 heads on 8 ranks: 2 groups each of 16; a copy of one where there are 4 groups or 1."""
-    found = cache_rows(capsys, "--tensor-model-parallel-sizes", "1,8", "--context-lengths", "64")
+    found = cache_rows(capsys, "--tensor-model-parallel-size", "1,8", "--context", "64")
     per_token = {(row["name"], row["tensor_model_parallel_size"]): row["bytes_per_token"] for row in found}
     one_group = 64 * 20 * 2
     assert per_token["QKV", 8] == 2 * 2 * one_group
@@ -76,7 +76,7 @@ def test_ranks_that_do_not_divide() -> None:
     with pytest.raises(
         ValueError, match=r"--tensor-model-parallel-size 3: must .*heads 16, .* use one of \[1, 2, 4,"
     ):
-        kv_cache.run(parser.parse_args(["--no-run", "--tensor-model-parallel-sizes", "3"]))
+        kv_cache.run(parser.parse_args(["--no-run", "--tensor-model-parallel-size", "3"]))
 
 
 def test_a_cache_beyond_memory_is_not_made(
@@ -87,7 +87,7 @@ def test_a_cache_beyond_memory_is_not_made(
     monkeypatch.setattr(Machine, "free_bytes", lambda _: 8 << 20)
     parser = argparse.ArgumentParser()
     kv_cache.add_arguments(parser)
-    line = ["--attention-variant", "qk_eq_v", "--num-query-groups", "1,16", "--context-lengths", "1024"]
+    line = ["--attention-variant", "qk_eq_v", "--num-query-groups", "1,16", "--context", "1024"]
     kv_cache.run(parser.parse_args([*line, "--format", "json"]))
     captured = capsys.readouterr()
     small, large = json.loads(captured.out)
@@ -110,7 +110,7 @@ def test_a_cache_that_holds_more_is_not_equal(
             super().__init__(**{**sizes, **changed})
 
     monkeypatch.setattr(live, "KVCache", Wrong)
-    found = cache_rows(capsys, "--context-lengths", "64")
+    found = cache_rows(capsys, "--context", "64")
     wrong = {row["name"] for row in found if not row["equal"]}
     assert wrong == ({"Q-K=V", "Q=K=V", "Q-GQA-4", "Q-MQA"} if fault == "untied" else set(CACHED))
 

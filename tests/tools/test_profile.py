@@ -141,7 +141,7 @@ def test_mistakes_are_one_line(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("command, flag", [("paper", "--seq-lengths"), ("kv-cache", "--context-lengths")])
+@pytest.mark.parametrize("command, flag", [("paper", "--seq-lengths"), ("kv-cache", "--context")])
 def test_beyond_the_positions(tool: Tool, command: str, flag: str) -> None:
     code, _, err = tool(command, "--no-run", flag, "128,4096")
     assert code == 2
@@ -153,7 +153,7 @@ def test_beyond_the_positions(tool: Tool, command: str, flag: str) -> None:
     assert tool(command, "--no-run", flag, "4096", "--position-embedding-type", "none")[0] == 0
 
 
-@pytest.mark.parametrize("flag", ["--batch-sizes", "--context-lengths", "--tensor-model-parallel-sizes"])
+@pytest.mark.parametrize("flag", ["--batch", "--context", "--tensor-model-parallel-size"])
 def test_sizes_of_the_cache_are_positive(tool: Tool, flag: str) -> None:
     for value in ("0", "-2", "x", "1,,2"):
         code, out, err = tool("kv-cache", flag, value)

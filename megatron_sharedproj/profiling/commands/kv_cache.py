@@ -3,8 +3,8 @@
 The engine's cache (layers/kv_cache.py) hands out pages of 64 tokens, so it is measured with the context
 rounded up to a page; the Hugging Face form's (layers/hf) holds the context as it is, on one rank.
 
-    profile.py kv-cache --context-lengths 2048,1000 --batch-sizes 1,16
-    profile.py kv-cache --model 1b --dtypes bfloat16,float8_e4m3fn --tensor-model-parallel-sizes 1,8
+    profile.py kv-cache --context 2048,1000 --batch 1,16
+    profile.py kv-cache --model 1b --dtype bfloat16,float8_e4m3fn --tensor-model-parallel-size 1,8
 """
 
 from __future__ import annotations
@@ -69,19 +69,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     group = parser.add_argument_group("cache; lists have commas between values")
     numbers = list_of(positive_int)
+    group.add_argument("--context", type=numbers, metavar="N,M", help="tokens (default: all positions)")
+    group.add_argument("--batch", type=numbers, default=(1,), metavar="N,M", help="default 1")
     group.add_argument(
-        "--context-lengths", type=numbers, metavar="N,M", help="tokens (default: all positions)"
-    )
-    group.add_argument("--batch-sizes", type=numbers, default=(1,), metavar="N,M", help="default 1")
-    group.add_argument(
-        "--dtypes",
+        "--dtype",
         type=list_of(str, tuple(DTYPES)),
         default=("bfloat16",),
         metavar="A,B",
         help=f"{', '.join(DTYPES)} (default bfloat16)",
     )
     group.add_argument(
-        "--tensor-model-parallel-sizes", type=numbers, default=(1,), metavar="N,M", help="default 1"
+        "--tensor-model-parallel-size", type=numbers, default=(1,), metavar="N,M", help="default 1"
     )
     group.add_argument("--no-run", action="store_true", help="make no cache: formulas only")
     add_output_arguments(parser)
@@ -91,10 +89,8 @@ def run(args: argparse.Namespace) -> None:
     """Count, allocate and print. Raises ValueError for a mistake in the flags."""
     models, notes = models_and_notes(args)
     positions = models[0][1].max_position_embeddings
-    contexts = checked_lengths(args.context_lengths, models[0][1], "--context-lengths", (positions,))
-    cases = itertools.product(
-        models, args.dtypes, args.tensor_model_parallel_sizes, args.batch_sizes, contexts
-    )
+    contexts = checked_lengths(args.context, models[0][1], "--context", (positions,))
+    cases = itertools.product(models, args.dtype, args.tensor_model_parallel_size, args.batch, contexts)
     rows = []
     for (name, config), dtype, ranks, batch, context in cases:
         row = {"model": model_name(args), **count(name, config, dtype, ranks, batch, context)}
