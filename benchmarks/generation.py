@@ -102,7 +102,7 @@ def check(args: argparse.Namespace) -> Any:
     """The K=V model's ModelConfig. Raises ValueError for what would not run, before anything is built."""
     from megatron_sharedproj.config import ModelConfig
     from megatron_sharedproj.inference.prompts import check_output
-    from megatron_sharedproj.reporting.attention_plot import check_plot
+    from megatron_sharedproj.reporting.figures import check_plot
 
     check_output(args.output, "--output", (".csv",))
     if args.plot:
@@ -353,9 +353,9 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 def plot(rows: Sequence[Row], output: Path) -> None:
     """Tokens/s against context, a panel per batch size; a number at a point is its ratio to our qkv."""
-    from megatron_sharedproj.reporting.plots import _new_figure, _save
+    from megatron_sharedproj.reporting.figures import new_figure, save_figure
 
-    figure = _new_figure()
+    figure = new_figure()
     batches = list(dict.fromkeys(row["batch"] for row in rows))
     figure.set_size_inches(5.0 * len(batches), 4.2)
     styles = dict(zip(CONTENDERS, ("C0-o", "C3-s", "C9--v", "C2--^", "C1--x"), strict=True))
@@ -387,7 +387,7 @@ def plot(rows: Sequence[Row], output: Path) -> None:
         f"{row['date'][:10]}, {row['commit']}",
         fontsize=8,
     )
-    _save(figure, output)
+    save_figure(figure, output)
 
 
 def run(args: argparse.Namespace) -> None:

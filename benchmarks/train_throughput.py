@@ -286,7 +286,7 @@ def build_parser() -> argparse.ArgumentParser:
 def check(args: argparse.Namespace, on_gpu: bool) -> list[tuple[Case, ModelConfig]]:
     """Fill in the device's defaults; the cases and their qkv models. Raises ValueError."""
     from megatron_sharedproj.inference.prompts import check_output
-    from megatron_sharedproj.reporting.attention_plot import check_plot
+    from megatron_sharedproj.reporting.figures import check_plot
 
     check_output(args.output, "--output", (".csv",))
     if args.plot:
@@ -501,12 +501,12 @@ def print_rows(rows: Sequence[Row]) -> None:
 
 def plot(rows: Sequence[Row], output: Path) -> None:
     """Tokens/s as bars, a panel per case; the number on a bar is its ratio to the plain loop's."""
-    from megatron_sharedproj.reporting.plots import _new_figure, _save
+    from megatron_sharedproj.reporting.figures import new_figure, save_figure
 
     cases: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         cases.setdefault((row["size"], row["vocab_size"]), []).append(row)
-    figure = _new_figure()
+    figure = new_figure()
     figure.set_size_inches(max(6.0, 3.2 * len(cases)), 4.0)
     panels = figure.subplots(1, len(cases), squeeze=False)[0]
     for axes, ((size, vocab), own) in zip(panels, cases.items(), strict=True):
@@ -531,7 +531,7 @@ def plot(rows: Sequence[Row], output: Path) -> None:
         f"batch {row['micro_batch_size']}; {row['date'][:10]}, {row['commit']}",
         fontsize=8,
     )
-    _save(figure, output)
+    save_figure(figure, output)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -93,7 +93,8 @@ def run(args: argparse.Namespace) -> None:
     from megatron_sharedproj.profiling.attention_cases import PRESETS, Choices
     from megatron_sharedproj.profiling.attention_results import ResultFile, benchmark, environment
     from megatron_sharedproj.profiling.timing import get_machine
-    from megatron_sharedproj.reporting.attention_plot import check_plot, plot_attention
+    from megatron_sharedproj.reporting.attention_plot import plot_attention
+    from megatron_sharedproj.reporting.figures import check_plot
 
     if args.resume and not args.output:
         raise UsageError("--resume: there is nothing to continue; give --output too")

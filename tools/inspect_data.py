@@ -82,7 +82,7 @@ def check_flags(args: argparse.Namespace) -> None:
         hint = f"give {stem}" if stem != prefix else "give the path of a pair without .bin"
         raise UsageError(f"PREFIX {prefix}: neither {prefix}.bin nor {prefix}.idx exists; {hint}")
     if args.plot:
-        from megatron_sharedproj.reporting.attention_plot import check_plot
+        from megatron_sharedproj.reporting.figures import check_plot
 
         check_plot(args.plot)
 

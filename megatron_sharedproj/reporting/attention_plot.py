@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_sharedproj.reporting.plots import _new_figure, _save
+from megatron_sharedproj.reporting.figures import new_figure, save_figure
 
 Row = Mapping[str, str]
 
@@ -29,29 +29,13 @@ _WIDTH, _HEIGHT = 3.6, 2.8  # inches of a panel
 _MOST_COLUMNS = 6
 
 
-def check_plot(output: Path) -> None:
-    """Whether a plot can be written there, before there is one.
-
-    Raises:
-        ValueError: naming --plot, for a file that is no PNG, a missing folder, or without matplotlib.
-    """
-    if output.suffix.lower() != ".png" or output.is_dir():
-        raise ValueError(f"--plot {output}: must be a file name that ends in .png")
-    if not output.parent.is_dir():
-        raise ValueError(f"--plot {output}: {output.parent} is not a folder; make it first")
-    try:
-        _new_figure()
-    except ValueError as error:
-        raise ValueError(f"--plot {output}: {error}") from None
-
-
 def plot_attention(rows: Sequence[Row], output: Path) -> None:
     """Draw :func:`attention_figure` into one PNG, which appears complete.
 
     Raises:
         ValueError: without a row, or without matplotlib.
     """
-    _save(attention_figure(rows), output)
+    save_figure(attention_figure(rows), output)
 
 
 def attention_figure(rows: Sequence[Row]) -> Any:
@@ -76,7 +60,7 @@ def attention_figure(rows: Sequence[Row]) -> Any:
         panels.setdefault(key, []).append(row)
     columns = min(_MOST_COLUMNS, max(2, math.ceil(math.sqrt(len(panels)))))
     lines = math.ceil(len(panels) / columns)
-    figure = _new_figure()
+    figure = new_figure()
     figure.set_size_inches(_WIDTH * columns, _HEIGHT * lines + 1.0)
     grid = figure.subplots(lines, columns, squeeze=False).flatten()
     handles: dict[str, Any] = {}

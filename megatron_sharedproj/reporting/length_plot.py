@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sharedproj.data.token_file import LengthStatistics
-from megatron_sharedproj.reporting.plots import _new_figure, _save, _token_formatter
+from megatron_sharedproj.reporting.figures import new_figure, save_figure, token_formatter
 
 _MOST_BINS = 60
 
@@ -23,7 +23,7 @@ def plot_lengths(lengths: Mapping[str, LengthStatistics], output: Path) -> None:
     Raises:
         ValueError: without a file that has a document with tokens, or without matplotlib.
     """
-    _save(length_figure(lengths), output)
+    save_figure(length_figure(lengths), output)
 
 
 def length_figure(lengths: Mapping[str, LengthStatistics]) -> Any:
@@ -42,7 +42,7 @@ def length_figure(lengths: Mapping[str, LengthStatistics]) -> Any:
         raise ValueError("no document with tokens to plot")
     least = min(int(item.values[item.values > 0][0]) for item in shown.values())
     edges = _bins(least, max(item.max for item in shown.values()))
-    figure = _new_figure()
+    figure = new_figure()
     upper, lower = figure.subplots(2, 1, sharex=True)
     for index, (label, item) in enumerate(shown.items()):
         style: dict[str, Any] = {"color": f"C{index % 10}", "fill": len(shown) == 1, "linewidth": 1.3}
@@ -60,7 +60,7 @@ def length_figure(lengths: Mapping[str, LengthStatistics]) -> Any:
         axes.set_axisbelow(True)
     lower.set_xscale("log")
     lower.set_xlim(edges[0], edges[-1])
-    lower.xaxis.set_major_formatter(_token_formatter())
+    lower.xaxis.set_major_formatter(token_formatter())
     lower.set_xlabel("document length (tokens)")
     upper.legend(fontsize=9, framealpha=0.9)
     return figure

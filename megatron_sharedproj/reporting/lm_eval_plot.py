@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_sharedproj.reporting.figures import new_figure, save_figure
 from megatron_sharedproj.reporting.lm_eval_table import Scores
-from megatron_sharedproj.reporting.plots import _new_figure, _save
 
 # The least distance of two models' points, as a share of the distance of two tasks.
 _SPREAD = 0.6
@@ -19,7 +19,7 @@ def plot_comparison(models: Sequence[Scores], output: Path) -> None:
     Raises:
         ValueError: without a score that has a level of guessing, or without matplotlib.
     """
-    _save(comparison_figure(models), output)
+    save_figure(comparison_figure(models), output)
 
 
 def comparison_figure(models: Sequence[Scores]) -> Any:
@@ -34,7 +34,7 @@ def comparison_figure(models: Sequence[Scores]) -> Any:
     panels = list(dict.fromkeys((shots, metric) for _, shots, metric, _ in keys))
     if not panels:
         raise ValueError("--output: no accuracy among the scores, so there is nothing to plot")
-    figure = _new_figure()
+    figure = new_figure()
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     figure.set_size_inches(5.0 * columns + 1.0, 3.6 * rows + 0.8)

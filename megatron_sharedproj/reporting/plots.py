@@ -6,17 +6,16 @@ Needs neither torch nor Megatron; matplotlib only to draw, so a log can be read 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_sharedproj.reporting.figures import new_figure, save_figure, token_formatter
 from megatron_sharedproj.training.log import JSON_LOG
 
 X_AXES = {"iteration": "iteration", "consumed_tokens": "consumed tokens"}
-_WIDTH, _HEIGHT, _DPI = 10.0, 6.0, 100  # inches and dots per inch: 1000 x 600 pixels
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ def plot_loss_curves(
     Raises:
         ValueError: without matplotlib, without a run, or for an x axis that a run does not have.
     """
-    _save(loss_figure(runs, x=x, unigram_entropy=unigram_entropy, title=title), Path(output))
+    save_figure(loss_figure(runs, x=x, unigram_entropy=unigram_entropy, title=title), Path(output))
 
 
 def loss_figure(
@@ -154,7 +153,7 @@ def loss_figure(
     if not runs:
         raise ValueError("no run to plot; give at least one")
     curves = {label: (run.training_curve(x), run.validation_curve(x)) for label, run in runs.items()}
-    figure = _new_figure()
+    figure = new_figure()
     axes = figure.subplots()
     for index, (label, (training, validation)) in enumerate(curves.items()):
         colour = f"C{index % 10}"
@@ -177,44 +176,10 @@ def loss_figure(
     axes.set_xlabel(X_AXES[x])
     axes.set_ylabel("lm loss (nats per token)")
     if x == "consumed_tokens":
-        axes.xaxis.set_major_formatter(_token_formatter())
+        axes.xaxis.set_major_formatter(token_formatter())
     axes.grid(True, color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
     if title:
         axes.set_title(title)
     axes.legend(fontsize=9, framealpha=0.9)
     return figure
-
-
-def _new_figure() -> Any:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("matplotlib is not installed; install it with `pip install -e .[plot]`") from None
-    # Without pyplot: no display is looked for, and no state is shared with a caller's own plots.
-    figure = Figure(figsize=(_WIDTH, _HEIGHT), dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _token_formatter() -> Any:
-    from matplotlib.ticker import FuncFormatter
-
-    def text(value: float, _: Any = None) -> str:
-        for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-            if abs(value) >= size:
-                return f"{value / size:g}{unit}"
-        return f"{value:g}"
-
-    return FuncFormatter(text)
-
-
-def _save(figure: Any, output: Path) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.tmp{os.getpid()}")
-    try:
-        figure.savefig(temporary, format="png")
-        os.replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)

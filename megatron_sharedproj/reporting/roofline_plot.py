@@ -5,32 +5,14 @@ Needs no torch; matplotlib only to draw.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_sharedproj.reporting.plots import _new_figure
+from megatron_sharedproj.reporting.figures import new_figure, save_figure
 
-_FORMATS = (".png", ".svg")
+FORMATS = (".png", ".svg")
 _MARKERS = {"prefill": "s", "decode": "o"}
-
-
-def check_plot(output: Path) -> None:
-    """Whether a plot can be written there, before there is one.
-
-    Raises:
-        ValueError: naming --plot, for a file that is neither PNG nor SVG, a missing folder, or without
-            matplotlib.
-    """
-    if output.suffix.lower() not in _FORMATS or output.is_dir():
-        raise ValueError(f"--plot {output}: must be a file name that ends in {' or '.join(_FORMATS)}")
-    if not output.parent.is_dir():
-        raise ValueError(f"--plot {output}: {output.parent} is not a folder; make it first")
-    try:
-        _new_figure()
-    except ValueError as error:
-        raise ValueError(f"--plot {output}: {error}") from None
 
 
 def plot_roofline(
@@ -42,12 +24,7 @@ def plot_roofline(
         ValueError: without a row, or without matplotlib.
     """
     figure = roofline_figure(rows, name=name, peak=peak, bandwidth=bandwidth)
-    temporary = output.with_name(f".{output.name}.tmp{os.getpid()}")
-    try:
-        figure.savefig(temporary, format=output.suffix.lower().removeprefix("."))
-        os.replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_figure(figure, output, output.suffix.lower().removeprefix("."))
 
 
 def roofline_figure(rows: Sequence[Mapping[str, Any]], *, name: str, peak: float, bandwidth: float) -> Any:
@@ -64,7 +41,7 @@ def roofline_figure(rows: Sequence[Mapping[str, Any]], *, name: str, peak: float
     """
     if not rows:
         raise ValueError("no row to plot")
-    figure = _new_figure()
+    figure = new_figure()
     figure.set_size_inches(11.5, 5.0)
     roof, rates = figure.subplots(1, 2)
     models = list(dict.fromkeys(row["model"] for row in rows))

@@ -69,9 +69,10 @@ def run(args: argparse.Namespace) -> None:
     if gpu is None or gpu.peak is None or gpu.bandwidth is None:
         raise ValueError("--gpu: give a GPU's name, or both --peak-tflops and --bandwidth-gbs")
     if args.plot:
-        from megatron_sharedproj.reporting.roofline_plot import check_plot
+        from megatron_sharedproj.reporting.figures import check_plot
+        from megatron_sharedproj.reporting.roofline_plot import FORMATS
 
-        check_plot(args.plot)
+        check_plot(args.plot, FORMATS)
     found, notes = models.models_and_notes(args)
     for _, config in found:
         for context in args.context or ():
