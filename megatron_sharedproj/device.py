@@ -10,6 +10,7 @@ data-parallel, optimizer, schedule and checkpoint code runs on two CPU cores, th
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.abc
 import importlib.machinery
 import logging
@@ -30,8 +31,8 @@ class Device:
 
     type = "cpu"
     backend = "gloo"
-    supports_low_precision_optimizer = False  # Megatron's bf16/fp16 and distributed optimizers
-    has_fused_kernels = False  # Megatron's fused bias, activation and dropout, compiled for a GPU
+    trains_in_fp16 = False
+    has_fused_kernels = False  # Megatron's fused bias, activation, dropout and loss, compiled for a GPU
     pins_memory = False
     capability: tuple[int, int] | None = None  # compute capability of a GPU
 
@@ -63,7 +64,7 @@ class Device:
 
 
 class CpuDevice(Device):
-    """CPU: gloo, fp32, and the scoped ``torch`` for Megatron-Core's modules."""
+    """CPU: gloo, fp32 or bf16, and the scoped ``torch`` for Megatron-Core's modules."""
 
     def install(self) -> None:
         if not any(isinstance(finder, _ScopedFinder) for finder in sys.meta_path):
@@ -80,7 +81,7 @@ class CudaDevice(Device):
 
     type = "cuda"
     backend = "nccl"
-    supports_low_precision_optimizer = True
+    trains_in_fp16 = True
     has_fused_kernels = True
     pins_memory = True
 
@@ -233,7 +234,7 @@ def _clip_grad_by_total_norm(
 
 # Functions whose bodies demand CUDA by more than a device name. There is no public hook for either:
 # the first sets the CUDA generator through torch._C, the second asserts 'torch.cuda.FloatTensor'.
-# The third (a public one) calls products that are slow on a CPU.
+# The others are public, and slow on a CPU.
 _REPLACED = {
     "linear_with_grad_accumulation_and_async_allreduce": linear_with_grad_accumulation_and_async_allreduce,
     "_set_cuda_rng_state": _set_rng_state,
@@ -245,9 +246,35 @@ def _no_rng_warning(record: logging.LogRecord) -> bool:
     return "CPU RNG state changed" not in record.getMessage()
 
 
+# Their constructors sort parameters by the type names of CUDA tensors.
+_OPTIMIZERS = ("Float16OptimizerWithFloat16Params", "DistributedOptimizer")
+
+
+def _with_cuda_type_names(construct: Any) -> Any:
+    """A constructor of an optimizer that sees the parameters' types under CUDA's names."""
+
+    @functools.wraps(construct)
+    def __init__(self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]] if optimizer else []
+        for parameter in parameters:
+            name = parameter.type().replace("torch.", "torch.cuda.", 1)
+            parameter.type = lambda name=name: name
+        try:
+            construct(self, optimizer, *args, **kwargs)
+        finally:
+            for parameter in parameters:
+                del parameter.type
+
+    return __init__
+
+
 def _scope(module: ModuleType) -> None:
     if module.__dict__.get("torch") is torch:
         module.__dict__["torch"] = _TORCH
+    for name in _OPTIMIZERS:
+        optimizer = module.__dict__.get(name)
+        if optimizer is not None and not hasattr(optimizer.__init__, "__wrapped__"):
+            optimizer.__init__ = _with_cuda_type_names(optimizer.__init__)
     for name, replacement in _REPLACED.items():
         if name in module.__dict__:
             module.__dict__[name] = replacement

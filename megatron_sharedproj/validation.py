@@ -187,21 +187,17 @@ def check_device(config: RunConfig, device: Device, data_parallel_size: int) -> 
         ValueError: naming the flag, the value and what would work.
     """
     train = config.train
-    if not device.supports_low_precision_optimizer:
+    if train.fp16 and not device.trains_in_fp16:
+        raise ValueError("--fp16: needs a GPU, and none is visible here; use --bf16, or neither for fp32")
+    if not device.has_fused_kernels:
         wanted = {
-            "--bf16": train.bf16,
-            "--fp16": train.fp16,
-            "--grad-reduce-in-bf16": config.parallel.grad_reduce_in_bf16,
             "--cross-entropy-loss-fusion": config.parallel.cross_entropy_loss_fusion,
-            "--use-distributed-optimizer": config.parallel.use_distributed_optimizer,
             "--transformer-impl transformer_engine": config.parallel.transformer_impl != "local",
             "--distributed-backend nccl": config.parallel.distributed_backend == "nccl",
         }
         for flag, given in wanted.items():
             if given:
-                raise ValueError(
-                    f"{flag}: needs a GPU, and none is visible here; drop it to train in fp32 on the CPU"
-                )
+                raise ValueError(f"{flag}: needs a GPU, and none is visible here; drop it to use the CPU")
     need = training_memory_bytes(
         config.model,
         config.parallel,

@@ -350,9 +350,8 @@ def test_neighbours_of_the_refusals_are_accepted(flags: str, world_size: int) ->
 @pytest.mark.parametrize(
     "flag",
     [
-        "--bf16",
         "--fp16",
-        "--use-distributed-optimizer",
+        "--cross-entropy-loss-fusion",
         "--transformer-impl transformer_engine",
         "--distributed-backend nccl",
     ],
@@ -362,7 +361,12 @@ def test_cpu_refuses_what_needs_a_gpu(flag: str) -> None:
         check_device(config_of(flag), CpuDevice(), 1)
     message = str(error.value)
     assert message.startswith(f"{flag}: needs a GPU")
-    assert "drop it to train in fp32 on the CPU" in message
+    assert ("use --bf16" if flag == "--fp16" else "drop it to use the CPU") in message
+
+
+@pytest.mark.parametrize("flags", ["--bf16 --grad-reduce-in-bf16", "--use-distributed-optimizer"])
+def test_cpu_takes_bf16_and_the_distributed_optimizer(flags: str) -> None:
+    check_device(config_of(flags), CpuDevice(), 1)
 
 
 def test_memory_line_and_refusal() -> None:

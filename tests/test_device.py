@@ -35,7 +35,7 @@ def test_without_a_gpu_it_is_the_cpu() -> None:
     assert isinstance(device, CpuDevice)
     assert (device.type, device.backend) == ("cpu", "gloo")
     assert device.setup(0) == torch.device("cpu")
-    assert not device.supports_low_precision_optimizer
+    assert not device.trains_in_fp16
     assert "cpu" in device.describe()
 
 

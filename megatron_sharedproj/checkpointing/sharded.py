@@ -27,13 +27,11 @@ from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from megatron_sharedproj.checkpointing import files
+from megatron_sharedproj.checkpointing.distributed_optimizer import sharded_state
 from megatron_sharedproj.config import RunConfig, to_dict, write_json
 from megatron_sharedproj.device import Device
 
 _RNG_KEY = "rng_state"
-
-# Megatron's distributed optimizer has several layouts; this one loads at any parallel size.
-_OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 class InProcessSave(TorchDistSaveShardedStrategy):
@@ -94,7 +92,7 @@ def save_checkpoint(
     torch.distributed.barrier()
     state: dict[str, Any] = {"model": model.sharded_state_dict()}
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(state["model"], metadata=_OPTIMIZER_FORMAT)
+        state["optimizer"] = sharded_state(optimizer, state["model"], device)
     state[_RNG_KEY] = _rng_tensors(device)
     dist_checkpointing.save(state, str(aside), InProcessSave("torch_dist", 1))
     if first:
@@ -192,9 +190,7 @@ def load_checkpoint(
     train_state = files.train_state(folder)
     state: dict[str, Any] = {"model": _drop_extra_state(model.sharded_state_dict())}
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(
-            state["model"], is_loading=True, metadata=_OPTIMIZER_FORMAT
-        )
+        state["optimizer"] = sharded_state(optimizer, state["model"], device, is_loading=True)
     same_ranks = train_state.get("world_size") == torch.distributed.get_world_size()
     saved_tp = files.checkpoint_config(folder).parallel.tensor_model_parallel_size
     same_layout = same_ranks and saved_tp == parallel_state.get_tensor_model_parallel_world_size()
