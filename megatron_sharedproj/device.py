@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from megatron_sharedproj.cpu_cross_entropy import vocab_parallel_cross_entropy
 from megatron_sharedproj.cpu_linear import linear_with_grad_accumulation_and_async_allreduce
 
 _ENGINE = "megatron.core"
@@ -258,6 +259,7 @@ def _clip_grad_by_total_norm(
 # the first sets the CUDA generator through torch._C, the second asserts 'torch.cuda.FloatTensor'.
 # The others are public, and slow on a CPU.
 _REPLACED = {
+    "vocab_parallel_cross_entropy": vocab_parallel_cross_entropy,
     "linear_with_grad_accumulation_and_async_allreduce": linear_with_grad_accumulation_and_async_allreduce,
     "_set_cuda_rng_state": _set_rng_state,
     "clip_grad_by_total_norm_fp32": _clip_grad_by_total_norm,

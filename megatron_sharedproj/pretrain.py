@@ -261,9 +261,12 @@ def _resume(trainer: Any, folder: Path, load_checkpoint: Any) -> None:
 
 def _apply_adam_flags(trainer: Any) -> None:
     # A loaded optimizer has the checkpoint's hyperparameters; flags of this start win, as for the schedule.
+    from megatron_sharedproj.training.optimizer import use_fused_update
+
     train = trainer.config.train
     for group in trainer.optimizer.param_groups:
         group["betas"], group["eps"] = (train.adam_beta1, train.adam_beta2), train.adam_eps
+    use_fused_update(trainer.optimizer)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -158,8 +158,8 @@ class Trainer:
         """Whether no rank has a NaN or infinite gradient; fp16 leaves that to its loss scale."""
         if self.config.train.fp16:
             return True
-        # One number per buffer: a sum is finite unless one of its terms is not.
-        sums = [buffer.grad_data.sum(dtype=torch.float64) for buffer in self.model.buffers]
+        # One number per buffer: a sum is finite unless one of its terms is not (or they are past any use).
+        sums = [buffer.grad_data.sum(dtype=torch.float32) for buffer in self.model.buffers]
         bad = (~torch.isfinite(torch.stack(sums))).any().float()
         torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
         return not bad.item()

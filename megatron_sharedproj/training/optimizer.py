@@ -53,7 +53,20 @@ def build_optimizer(model: DistributedDataParallel, parallel: ParallelConfig, tr
     if train.weight_decay_on_all:
         # Megatron's standard overrides exempt biases and norms, beside the decoupled learning rate.
         overrides = {key: value for key, value in overrides.items() if "wd_mult" not in value}
-    return get_megatron_optimizer(config, [model], config_overrides=overrides)
+    optimizer = get_megatron_optimizer(config, [model], config_overrides=overrides)
+    use_fused_update(optimizer)
+    return optimizer
+
+
+def use_fused_update(optimizer: Any) -> None:
+    """Update in one pass where Megatron has torch's AdamW (no apex, no Transformer Engine).
+
+    To be called again after loading: a state dict brings its own groups.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            for group in part.optimizer.param_groups:
+                group["fused"], group["foreach"] = True, False
 
 
 def build_schedule(optimizer: Any, train: TrainConfig) -> OptimizerParamScheduler:
