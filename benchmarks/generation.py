@@ -9,9 +9,6 @@ token: one forward of every text in the batch, and the choice of the best token.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +24,7 @@ except ModuleNotFoundError:  # a bare clone
 
 from megatron_sharedproj.command_line import Parser, list_of, positive_float, positive_int, print_error
 from megatron_sharedproj.duration import format_duration
+from megatron_sharedproj.profiling.tables import write_csv
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -340,17 +338,6 @@ def print_rows(rows: Sequence[Row]) -> None:
         )
 
 
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """The whole file, old or new but never half."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    temporary.write_text(text.getvalue(), encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def plot(rows: Sequence[Row], output: Path) -> None:
     """Tokens/s against context, a panel per batch size; a number at a point is its ratio to our qkv."""
     from megatron_sharedproj.reporting.figures import new_figure, save_figure
@@ -421,7 +408,7 @@ def run(args: argparse.Namespace) -> None:
         print_rows(found)
         rows += found
         if args.output:
-            write_csv(args.output, rows)
+            write_csv(args.output, COLUMNS, rows)
     if args.plot and rows:
         plot(rows, args.plot)
 

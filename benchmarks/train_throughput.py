@@ -18,7 +18,6 @@ import ctypes
 import io
 import logging
 import math
-import os
 import random
 import sys
 import time
@@ -40,6 +39,7 @@ from torch import Tensor, nn
 from megatron_sharedproj.command_line import Parser, list_of, positive_float, positive_int, print_error
 from megatron_sharedproj.config import PRESETS, DataConfig, ModelConfig, RunConfig, TrainConfig
 from megatron_sharedproj.duration import format_duration
+from megatron_sharedproj.profiling.tables import write_csv
 from megatron_sharedproj.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -324,17 +324,6 @@ def read_rows(path: Path | None) -> list[Row]:
         return list(reader)
 
 
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """The whole file, old or new but never half."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    temporary.write_text(text.getvalue(), encoding="utf-8")
-    os.replace(temporary, path)
-
-
 class Benchmark:
     """Measures case by case."""
 
@@ -570,7 +559,7 @@ def run(args: argparse.Namespace) -> None:
         print_rows(found)
         rows = [row for row in rows if tuple(row[name] for name in _IDENTITY) not in wanted[case]] + found
         if args.output:
-            write_csv(args.output, rows)
+            write_csv(args.output, COLUMNS, rows)
     if args.plot and rows:
         plot(rows, args.plot)
 

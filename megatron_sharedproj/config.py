@@ -282,12 +282,20 @@ _NESTED: dict[type, dict[str, type]] = {
 }
 
 
-def write_json(path: str | Path, payload: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of it."""
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text so that a reader sees the old file or the new one, never half of it."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    temporary.write_text(json.dumps(payload, indent=2, sort_keys=False) + "\n")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, payload: Any) -> None:
+    """Write JSON, whole or not at all."""
+    write_text(path, json.dumps(payload, indent=2, sort_keys=False) + "\n")
 
 
 def _paper(**shape: Any) -> ModelConfig:

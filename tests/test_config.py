@@ -21,6 +21,7 @@ from megatron_sharedproj.config import (
     from_dict,
     to_dict,
     write_json,
+    write_text,
 )
 
 SMALL: dict[str, Any] = {
@@ -87,6 +88,18 @@ def test_write_json_replaces_and_leaves_no_temporary(tmp_path: Path) -> None:
     write_json(path, to_dict(full_run()))
     assert from_dict(RunConfig, json.loads(path.read_text())) == full_run()
     assert [entry.name for entry in tmp_path.iterdir()] == ["run_config.json"]
+
+
+def test_text_that_cannot_be_written_leaves_what_there_was(tmp_path: Path) -> None:
+    path, folder = tmp_path / "notes.txt", tmp_path / "folder"
+    write_text(path, "caf\u00e9\n")
+    folder.mkdir()
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "half of it \ud800")
+    with pytest.raises(OSError):
+        write_text(folder, "a folder is in the way")
+    assert path.read_bytes() == b"caf\xc3\xa9\n"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["folder", "notes.txt"]
 
 
 def test_defaults_are_resolved() -> None:

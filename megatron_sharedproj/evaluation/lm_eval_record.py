@@ -6,7 +6,6 @@ Needs neither torch nor lm-eval, so that records are compared without them.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -14,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from megatron_sharedproj.config import write_json
+from megatron_sharedproj.config import write_json, write_text
 
 RECORD = "megatron_sharedproj lm-eval results"
 _PACKAGES = (
@@ -150,10 +149,8 @@ def write_record(file: Path, record: Mapping[str, Any], outcome: Outcome) -> lis
     written = []
     for name, samples in outcome.samples.items():
         path = file.with_name(f"{file.stem}_samples_{name.replace('/', '_')}.jsonl")
-        temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
         lines = (json.dumps(sample, default=as_json, ensure_ascii=False) for sample in samples)
-        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, "".join(line + "\n" for line in lines))
         written.append(path)
     write_json(file, record)
     return [file, *written]

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_sharedproj.config import write_text
+
 FORMATS = ("table", "markdown", "csv", "json")
 _BY_SUFFIX = {".md": "markdown", ".csv": "csv", ".json": "json"}
 _ABSENT = "-"
@@ -124,8 +126,17 @@ def write_sections(
     if args.output is None:
         sys.stdout.write(text)
         return
-    _write_whole(args.output, text)
+    write_text(args.output, text)
     print(f"{args.output}: {len(rows)} rows")
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
+    """Write rows of text under a header of their columns, the file whole or not at all."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, file.getvalue())
 
 
 def _note(line: str, kind: str) -> str:
@@ -195,13 +206,3 @@ def _markdown(section: Section) -> str:
     head, *body = [[text.replace("|", "\\|") for text in line] for line in _cells(section)]
     rule = ["--:" if to_right else "---" for to_right in _numeric(section)]
     return "".join("| " + " | ".join(line) + " |\n" for line in (head, rule, *body))
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """A reader sees the old file or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -111,6 +111,17 @@ def test_no_rows(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.splitlines()[0].split() == ["variant", "GMACs", "saved", "%", "equal"]
 
 
+def test_a_csv_of_given_columns_replaces_what_there_was(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    rows = [{"size": "10m", "note": "a, b"}, {"note": "", "size": "30m"}]
+    for count in (1, 2):
+        tables.write_csv(path, ("size", "note"), rows[:count])
+    assert path.read_bytes() == b'size,note\n10m,"a, b"\n30m,\n'
+    with pytest.raises(ValueError, match="other"):
+        tables.write_csv(path, ("size", "note"), [{"other": "1"}])
+    assert len(path.read_text().splitlines()) == 3
+
+
 def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "rows.json"
     target.write_text("before")
