@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,8 +21,8 @@ try:
 except ModuleNotFoundError:  # a bare clone
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_sharedproj.command_line import Parser, list_of, positive_float, positive_int, print_error
-from megatron_sharedproj.duration import format_duration
+from megatron_sharedproj.command_line import Parser, list_of, positive_float, positive_int, run_distributed
+from megatron_sharedproj.profiling.progress import ProgressBar
 from megatron_sharedproj.profiling.tables import write_csv
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -379,10 +378,7 @@ def plot(rows: Sequence[Row], output: Path) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure, print and write."""
-    from megatron_sharedproj.quiet import quiet_libraries
-
     config = check(args)
-    quiet_libraries()
     benchmark = Benchmark(args, config)
     cases = [Case(batch, context) for batch in args.batch_sizes for context in args.contexts]
     small = [case for case in cases if benchmark.needed(case) <= args.memory_gib]
@@ -396,39 +392,26 @@ def run(args: argparse.Namespace) -> None:
     titles = ("batch", "context", "contender", "ms", "p10-p90", "tokens/s", "cache/w", "x qkv", "x hf")
     print("{:>5} {:>8} {:<30} {:>9} {:>15} {:>9} {:>8} {:>6} {:>6}".format(*titles))
     rows: list[Row] = []
-    start = time.monotonic()
-    for index, case in enumerate(small):
-        elapsed = time.monotonic() - start
-        ahead = format_duration(elapsed / index * (len(small) - index)) if index else "?"
-        if sys.stderr.isatty():
-            print(f"\r\x1b[K{index}/{len(small)} cases | ETA {ahead}", end="\r", file=sys.stderr, flush=True)
-        found = benchmark.measure(case)
-        if sys.stderr.isatty():
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-        print_rows(found)
-        rows += found
-        if args.output:
-            write_csv(args.output, COLUMNS, rows)
+    progress = ProgressBar(len(small))
+    try:
+        for index, case in enumerate(small):
+            progress.show(index, f"batch {case.batch}, context {case.context}")
+            found = benchmark.measure(case)
+            progress.clear()
+            print_rows(found)
+            rows += found
+            if args.output:
+                write_csv(args.output, COLUMNS, rows)
+    except KeyboardInterrupt:
+        progress.clear()
+        raise KeyboardInterrupt("finished cases are kept" if args.output else "") from None
     if args.plot and rows:
         plot(rows, args.plot)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0, 2 for a mistake in the flags (one line), 130 after Ctrl-C (finished cases are kept)."""
-    args = build_parser().parse_args(argv)
-    try:
-        run(args)
-    except ValueError as error:
-        print_error(error)
-        return 2
-    except KeyboardInterrupt:
-        print_error("interrupted; finished cases are kept" if args.output else "interrupted")
-        return 130
-    finally:
-        from megatron_sharedproj import distributed
-
-        distributed.finalize()
-    return 0
+    return run_distributed(build_parser(), run, argv)
 
 
 if __name__ == "__main__":

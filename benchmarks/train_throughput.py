@@ -36,9 +36,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_sharedproj.command_line import Parser, list_of, positive_float, positive_int, print_error
+from megatron_sharedproj.command_line import Parser, list_of, positive_float, positive_int, run_distributed
 from megatron_sharedproj.config import PRESETS, DataConfig, ModelConfig, RunConfig, TrainConfig
-from megatron_sharedproj.duration import format_duration
+from megatron_sharedproj.profiling.progress import ProgressBar
 from megatron_sharedproj.profiling.tables import write_csv
 from megatron_sharedproj.variants import VARIANTS
 
@@ -525,11 +525,8 @@ def plot(rows: Sequence[Row], output: Path) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure, print and write."""
-    from megatron_sharedproj.quiet import quiet_libraries
-
     cases = check(args, torch.cuda.is_available())
     rows = read_rows(args.output)
-    quiet_libraries()
     # It says that it keeps no index of the synthetic data.
     logging.getLogger("megatron.core.datasets.gpt_dataset").setLevel(logging.ERROR)
     benchmark = Benchmark(args)
@@ -547,39 +544,29 @@ def run(args: argparse.Namespace) -> None:
         f"{args.dtype}; peak {benchmark.peak / 1e12:.4g} TFLOP/s ({benchmark.peak_is}, so far)\n"
         "MFU = tokens/s * 6 * multiply-accumulates per token / peak, causal scores only (MFU T^2: all)"
     )
-    start = time.monotonic()
-    for index, (case, config) in enumerate(todo):
-        elapsed = time.monotonic() - start
-        ahead = format_duration(elapsed / index * (len(todo) - index)) if index else "?"
-        if sys.stderr.isatty():
-            print(f"\r\x1b[K{index}/{len(todo)} cases | ETA {ahead}", end="\r", file=sys.stderr, flush=True)
-        found = benchmark.measure(case, config)
-        print(f"\n{case.size}, vocabulary {case.vocab_size:,}: {int(found[0]['parameters']):,} parameters")
-        print(_LINE.format(*_TITLES))
-        print_rows(found)
-        rows = [row for row in rows if tuple(row[name] for name in _IDENTITY) not in wanted[case]] + found
-        if args.output:
-            write_csv(args.output, COLUMNS, rows)
+    progress = ProgressBar(len(todo))
+    try:
+        for index, (case, config) in enumerate(todo):
+            name = f"{case.size}, vocabulary {case.vocab_size:,}"
+            progress.show(index, name)
+            found = benchmark.measure(case, config)
+            progress.clear()
+            print(f"\n{name}: {int(found[0]['parameters']):,} parameters")
+            print(_LINE.format(*_TITLES))
+            print_rows(found)
+            rows = [row for row in rows if tuple(row[name] for name in _IDENTITY) not in wanted[case]] + found
+            if args.output:
+                write_csv(args.output, COLUMNS, rows)
+    except KeyboardInterrupt:
+        progress.clear()
+        raise KeyboardInterrupt("finished cases are kept" if args.output else "") from None
     if args.plot and rows:
         plot(rows, args.plot)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0, 2 for a mistake in the flags (one line), 130 after Ctrl-C (finished cases are kept)."""
-    args = build_parser().parse_args(argv)
-    try:
-        run(args)
-    except ValueError as error:
-        print_error(error)
-        return 2
-    except KeyboardInterrupt:
-        print_error("interrupted; finished cases are kept" if args.output else "interrupted")
-        return 130
-    finally:
-        from megatron_sharedproj import distributed
-
-        distributed.finalize()
-    return 0
+    return run_distributed(build_parser(), run, argv)
 
 
 if __name__ == "__main__":

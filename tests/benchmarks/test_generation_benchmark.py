@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import functools
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,14 +17,13 @@ REPO = Path(__file__).resolve().parents[2]
 SMALL = ["--num-layers", "2", "--hidden-size", "64", "--num-attention-heads", "4", "--vocab-size", "128"]
 
 
+COMMAND = [sys.executable, str(REPO / "benchmarks" / "generation.py"), *SMALL]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+
+
 def benchmark(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(REPO / "benchmarks" / "generation.py"), *SMALL, *flags],
-        env={**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        timeout=200,
+        [*COMMAND, *flags], env=ENVIRONMENT, capture_output=True, text=True, cwd=folder, timeout=200
     )
 
 
@@ -51,6 +53,35 @@ def test_rows_and_plot(tmp_path: Path) -> None:
             assert float(row["tokens_per_second"]) == pytest.approx(rate, rel=1e-4)
             ratio = float(plain["ms_median"]) / float(row["ms_median"])
             assert float(row["ratio_vs_qkv"]) == pytest.approx(ratio, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_finished_cases(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    batches = [str(size) for size in range(1, 101)]
+    cases = ["--contexts", "128", "--batch-sizes", ",".join(batches), "--budget-seconds", "0.2"]
+    started = subprocess.Popen(
+        [*COMMAND, *cases, "--output", "g.csv"],
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        cwd=tmp_path,
+        # What a shell starts in the background ignores Ctrl-C, and so would this.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline and not (tmp_path / "g.csv").exists():
+        time.sleep(0.05)
+    started.send_signal(signal.SIGINT)
+    _, stderr = started.communicate(timeout=60)
+    assert started.returncode == 130, stderr
+    assert stderr.endswith("error: interrupted; finished cases are kept\n") and "Traceback" not in stderr
+    with open(tmp_path / "g.csv", newline="") as file:
+        kept = [row["batch"] for row in csv.DictReader(file)]
+    finished = len(kept) // 5
+    assert 1 <= finished < 100 and kept == [size for size in batches[:finished] for _ in range(5)]
+    assert [path.name for path in tmp_path.iterdir()] == ["g.csv"]
 
 
 @pytest.mark.parametrize(
