@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -12,18 +11,12 @@ from typing import Any
 
 import pytest
 
+from scripts import load
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def load_setup() -> Any:
-    spec = importlib.util.spec_from_file_location("sharedproj_setup", ROOT / "setup.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-setup = load_setup()
+setup = load("setup.py")
 
 
 @pytest.fixture

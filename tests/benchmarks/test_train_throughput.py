@@ -6,7 +6,6 @@ import csv
 import os
 import subprocess
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,14 @@ import torch
 
 from megatron_sharedproj import formulas
 from megatron_sharedproj.config import ModelConfig
+from scripts import load
 
 REPO = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def benchmark() -> Any:
-    spec = spec_from_file_location("train_throughput", REPO / "benchmarks" / "train_throughput.py")
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
+    return load("benchmarks/train_throughput.py")
 
 
 def copy_weights(source: Any, target: Any, config: ModelConfig) -> None:

@@ -19,14 +19,14 @@ UNIT = 4096
 
 # A request is one JSON object: flags, and how the run is to be disturbed. The answer: what became of it.
 LAUNCHER = """
-import functools, glob, importlib.util, json, os, resource, signal, sys, time
-sys.path.insert(0, {repository!r})
-specification = importlib.util.spec_from_file_location("tool", {tool!r})
-tool = importlib.util.module_from_spec(specification)
-specification.loader.exec_module(tool)
+import functools, glob, json, os, resource, signal, sys, time
+sys.path[:0] = [{repository!r}, {tests!r}]
+from scripts import load
 from megatron_sharedproj.data import assembly, journal, pool, preprocess, publish, readers
 from megatron_sharedproj.data.engines import choose_engine
 from megatron_sharedproj.data.tokenizers import build_tokenizer
+
+tool = load("tools/preprocess_slimpajama.py")
 
 # The libraries that a run imports.
 choose_engine(build_tokenizer("HuggingFaceTokenizer", {tokenizer!r}), "auto", False).encode(["a"])
@@ -156,7 +156,11 @@ class Launcher:
         pq.write_table(pa.table({"text": ["a"]}), parquet)
         script = directory / "launcher.py"
         values = dict(
-            repository=str(REPOSITORY), tool=str(TOOL), tokenizer=tokenizer, parquet=str(parquet), unit=UNIT
+            repository=str(REPOSITORY),
+            tests=str(REPOSITORY / "tests"),
+            tokenizer=tokenizer,
+            parquet=str(parquet),
+            unit=UNIT,
         )
         text = LAUNCHER
         for name, value in values.items():

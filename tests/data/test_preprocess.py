@@ -2,14 +2,12 @@
 
 import gzip
 import hashlib
-import importlib.util
 import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+import scripts
 from megatron_sharedproj.data import readers
 from megatron_sharedproj.data.corpus import PreprocessOptions
 from megatron_sharedproj.data.engines import ENGINES, choose_engine
@@ -29,19 +28,10 @@ from megatron_sharedproj.data.preprocess import preprocess
 from megatron_sharedproj.data.sources import discover
 from megatron_sharedproj.data.tokenizers import build_tokenizer, train_bpe
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 SENTENCE = "The state of the union is the sum of its parts, caf\u00e9 and \u6f22\u5b57 included. "
 
 
-def load_tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "tools" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-TOOL = load_tool("preprocess_slimpajama")
+TOOL = scripts.load("tools/preprocess_slimpajama.py")
 
 
 def line(text: str, source: str = "RedPajamaC4") -> str:
@@ -460,7 +450,7 @@ def test_mistakes_are_one_line_and_exit_2(
 
 
 def test_train_tokenizer_tool(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tool = load_tool("train_tokenizer")
+    tool = scripts.load("tools/train_tokenizer.py")
     flags = ["--input", str(tree), "--vocab-size", "290", "--output", str(tmp_path / "t")]
     assert tool.main(flags) == 0
     assert "vocab_size 290, eod 0" in capsys.readouterr().out

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+
+from scripts import load
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "README.md").read_text()
@@ -23,14 +23,6 @@ def commands() -> list[str]:
             if words := shlex.split(line, comments=True):
                 found.append(shlex.join(words))
     return found
-
-
-def load(script: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("python tools/")])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -15,6 +14,7 @@ import pytest
 
 from megatron_sharedproj.config import PRESETS, ParallelConfig
 from megatron_sharedproj.formulas_memory import training_memory_bytes
+from scripts import load
 
 ROOT = Path(__file__).resolve().parents[2]
 Run = Callable[..., tuple[int, str, str]]
@@ -23,12 +23,7 @@ Run = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
     """The tool in this process: exit code, stdout, stderr."""
-    before = list(sys.path)
-    spec = importlib.util.spec_from_file_location("profile_tool", ROOT / "tools" / "profile.py")
-    assert spec is not None and spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    sys.path[:] = before
+    tool = load("tools/profile.py")
 
     def call(*words: str) -> tuple[int, str, str]:
         try:

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from megatron_sharedproj.config import ModelConfig, RunConfig, TrainConfig, to_dict, write_json
 from megatron_sharedproj.profiling import step_parts
 from megatron_sharedproj.profiling.step_profile import FORMAT, KIND
-
-REPO = Path(__file__).resolve().parents[2]
+from scripts import load
 
 
 def model(variant: str, **changes: Any) -> ModelConfig:
@@ -49,19 +44,14 @@ def save_run(folder: Path, config: ModelConfig, speeds: list[float], **train: An
     return folder
 
 
-def compare(monkeypatch: pytest.MonkeyPatch, *words: Any) -> int:
-    spec = spec_from_file_location("profile_tool", REPO / "tools" / "profile.py")
-    assert spec is not None and spec.loader is not None
-    tool = module_from_spec(spec)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    spec.loader.exec_module(tool)
-    return tool.main(["compare", *map(str, words)])
+def compare(*words: Any) -> int:
+    return load("tools/profile.py").main(["compare", *map(str, words)])
 
 
-def test_profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_profiles(tmp_path: Path, capsys: Any) -> None:
     a = save_profile(tmp_path / "a.json", model("qkv"), 2.0)
     b = save_profile(tmp_path / "b.json", model("qk_eq_v", num_query_groups=2), 1.0, device="gpu")
-    assert compare(monkeypatch, a, b, "--format", "json") == 0
+    assert compare(a, b, "--format", "json") == 0
     printed = capsys.readouterr()
     rows = {row["quantity"]: row for row in json.loads(printed.out)}
     assert rows["tokens/s"] == {"quantity": "tokens/s", "a": 500.0, "b": 1000.0, "b_over_a": 2.0}
@@ -70,15 +60,15 @@ def test_profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) 
     assert rows["optimizer update, ms profiled"]["a"] == 3 * 2.0 * index
     assert "device: cpu and gpu" in printed.err and "num_query_groups: 4 and 2" in printed.err
     assert "torch" not in printed.err
-    assert compare(monkeypatch, a, b) == 0
+    assert compare(a, b) == 0
     head = capsys.readouterr().out.splitlines()[0]
     assert "A: qkv" in head and "B: qk_eq_v, 2 groups" in head
 
 
-def test_run_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_run_folders(tmp_path: Path, capsys: Any) -> None:
     a = save_run(tmp_path / "a", model("qkv"), [1.0, 100.0, 300.0, 200.0])
     b = save_run(tmp_path / "b", model("qk_eq_v"), [250.0], micro_batch_size=2)
-    assert compare(monkeypatch, a, b, "--format", "json") == 0
+    assert compare(a, b, "--format", "json") == 0
     printed = capsys.readouterr()
     rows = {row["quantity"]: row for row in json.loads(printed.out)}
     assert (rows["tokens/s"]["a"], rows["tokens/s"]["b"]) == (200.0, 250.0)  # the first record is left out
@@ -86,7 +76,7 @@ def test_run_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: An
     assert "micro_batch_size: 1 and 2" in printed.err
 
 
-def test_what_is_not_comparable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_what_is_not_comparable(tmp_path: Path, capsys: Any) -> None:
     a = save_profile(tmp_path / "a.json", model("qkv"), 1.0)
     run = save_run(tmp_path / "run", model("qkv"), [1.0])
     slow = save_run(tmp_path / "slow", model("qkv"), [])
@@ -105,6 +95,6 @@ def test_what_is_not_comparable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         (run, slow): "no loss in it yet",
     }
     for (first, second), message in pairs.items():
-        assert compare(monkeypatch, first, second) == 2
+        assert compare(first, second) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1 and message in error, error

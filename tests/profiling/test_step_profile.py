@@ -16,6 +16,7 @@ import torch
 from megatron_sharedproj.arguments import build_parser, run_config
 from megatron_sharedproj.config import to_dict, write_json
 from megatron_sharedproj.profiling import step_parts, step_profile
+from scripts import load
 from tiny import flags, trainer, write_data
 
 REPO = Path(__file__).resolve().parents[2]
@@ -193,13 +194,7 @@ def test_two_processes(tmp_path: Path, tensor_parallel: int) -> None:
 def test_mistakes(
     tmp_path: Path, words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    from importlib.util import module_from_spec, spec_from_file_location
-
-    spec = spec_from_file_location("profile_tool", REPO / "tools" / "profile.py")
-    assert spec is not None and spec.loader is not None
-    tool = module_from_spec(spec)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    spec.loader.exec_module(tool)
+    tool = load("tools/profile.py")
     monkeypatch.chdir(tmp_path)
     assert tool.main(["step", *words]) == 2
     error = capsys.readouterr().err

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sharedproj.reporting.plots import load_run, loss_figure, plot_loss_curves
+from scripts import load
 
 REPO = Path(__file__).resolve().parents[2]
 TOOL = REPO / "tools" / "plot_runs.py"
@@ -213,9 +214,7 @@ def test_tool_writes_the_plot_from_a_bare_clone(tmp_path: Path) -> None:
 def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """The tool's main() in this process, in a folder with the runs a, b and x/a."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(TOOL.parent))
-    import plot_runs
-
+    plot_runs = load("tools/plot_runs.py")
     for name in ("a", "b", "x/a"):
         write_log(tmp_path / name, curve(0))
 
@@ -251,8 +250,7 @@ def test_tool_mistakes_are_one_line_and_exit_2(in_process, args: list[str], expe
 
 
 def test_tool_labels_runs_by_folder_or_by_path(in_process) -> None:
-    import plot_runs
-
+    plot_runs = load("tools/plot_runs.py")
     assert plot_runs.labels_of(["a", "b/log.jsonl"], None) == ["a", "b"]
     assert plot_runs.labels_of(["a", "x/a"], None) == ["a", "x/a"]
     assert in_process("a", "x/a", "--output", "c.png") == (0, "")

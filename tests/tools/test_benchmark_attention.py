@@ -13,6 +13,7 @@ import pytest
 
 from megatron_sharedproj.ops import extension
 from megatron_sharedproj.profiling.attention_results import COLUMNS
+from scripts import load
 
 REPO = Path(__file__).resolve().parents[2]
 TOOL = REPO / "tools" / "benchmark_attention.py"
@@ -31,8 +32,7 @@ Tool = Callable[..., tuple[int, str, str]]
 def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Tool:
     """The tool's main() in this process, in an empty folder: exit code, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(TOOL.parent))
-    import benchmark_attention
+    benchmark_attention = load("tools/benchmark_attention.py")
 
     def call(*args: str) -> tuple[int, str, str]:
         try:

@@ -12,18 +12,13 @@ import pytest
 import torch
 
 import tiny
+from scripts import load
 
 pytestmark = pytest.mark.usefixtures("parallel_state")
 
 
 def tool(name: str) -> Callable[[list[str]], int]:
-    import importlib.util
-
-    path = Path(__file__).resolve().parents[2] / "tools" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load(f"tools/{name}.py")
 
     def main(argv: list[str]) -> int:
         import megatron_sharedproj.distributed as distributed

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from scripts import load
+
 REPO = Path(__file__).resolve().parents[2]
 TOOL = REPO / "tools" / "convert_from_reference.py"
 sys.path.insert(0, str(REPO / "tests" / "conversion"))
@@ -28,10 +30,9 @@ def file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def tool(parallel_state: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+def tool(parallel_state: Any) -> Any:
     """The tool's run() in this process: main() would leave the process group of the other tests."""
-    monkeypatch.syspath_prepend(str(TOOL.parent))
-    import convert_from_reference
+    convert_from_reference = load("tools/convert_from_reference.py")
 
     def call(*args: object) -> None:
         convert_from_reference.run(convert_from_reference.build_parser().parse_args([str(a) for a in args]))

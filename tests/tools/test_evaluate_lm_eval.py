@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -13,22 +12,16 @@ from typing import Any
 import pytest
 from lm_eval_models import QUESTIONS, export, make_model, make_tokenizer, quiet, save, write_tasks
 
+from scripts import load
+
 pytest.importorskip("lm_eval")
 pytestmark = pytest.mark.usefixtures("parallel_state")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def load_tool(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def tool(*words: Any) -> None:
     """The sub-command in this process and its process group: what main does between start and end."""
-    args = load_tool("evaluate").build_parser().parse_args([str(word) for word in words])
+    args = load("tools/evaluate.py").build_parser().parse_args([str(word) for word in words])
     args.run(args)
 
 
@@ -244,7 +237,7 @@ def test_exit_codes_and_lm_eval_only_where_needed(folder: Path, tmp_path: Path) 
 
 
 def test_fetch_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tool = load_tool("fetch_eval_tasks")
+    tool = load("tools/fetch_eval_tasks.py")
     assert tool.main(["--output", str(tmp_path), "--wheel", str(tmp_path / "x")]) == 2
     assert capsys.readouterr().err == f"error: --output {tmp_path}: exists; give a new folder, or remove it\n"
     assert tool.main(["--output", str(tmp_path / "a"), "--wheel", str(tmp_path / "x"), "--tasks", "all"]) == 2

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import tiny
+from scripts import load
 
 REPO = Path(__file__).resolve().parents[2]
 TOOL = REPO / "tools" / "generate.py"
@@ -41,10 +42,9 @@ Tool = Callable[..., tuple[str, str]]
 
 
 @pytest.fixture
-def tool(run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Tool:
+def tool(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> Tool:
     """The tool's work in this process group: stdout and stderr; mistakes are raised."""
-    monkeypatch.syspath_prepend(str(TOOL.parent))
-    import generate
+    generate = load("tools/generate.py")
 
     def call(*args: Any) -> tuple[str, str]:
         capsys.readouterr()

@@ -18,6 +18,7 @@ import pytest
 from megatron_sharedproj.data.indexed import IndexedWriter
 from megatron_sharedproj.data.manifest import Counts, Manifest, TokenizerRecord
 from megatron_sharedproj.data.tokenizers import train_bpe
+from scripts import load
 
 REPO = Path(__file__).resolve().parents[2]
 TOOL = REPO / "tools" / "inspect_data.py"
@@ -40,9 +41,8 @@ def tool(
 ) -> Tool:
     """main() in a folder with the token file `data` and its manifest: exit code, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(TOOL.parent))
     write("data", tokenizer_dir)
-    import inspect_data
+    inspect_data = load("tools/inspect_data.py")
 
     def call(*args: str) -> tuple[int, str, str]:
         try:

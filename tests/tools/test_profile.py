@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -15,6 +14,7 @@ import pytest
 
 from megatron_sharedproj.config import PRESETS, RunConfig, to_dict, write_json
 from megatron_sharedproj.conversion.config_map import hugging_face_config
+from scripts import load
 
 REPO = Path(__file__).resolve().parents[2]
 TOOLS = REPO / "tools"
@@ -28,10 +28,7 @@ def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     """The tool's main() in this process, in an empty folder: exit code, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KINETO_LOG_LEVEL", "6")
-    spec = importlib.util.spec_from_file_location("profile_tool", TOOLS / "profile.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load("tools/profile.py")
 
     def call(*args: str) -> tuple[int, str, str]:
         try:
