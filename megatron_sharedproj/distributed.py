@@ -11,6 +11,7 @@ import numpy
 import torch
 import torch.distributed
 
+from megatron_sharedproj.config import RunConfig
 from megatron_sharedproj.device import Device
 
 
@@ -52,6 +53,19 @@ def initialize(
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_model_parallel_size)
     seed_all(seed)
     return local
+
+
+def initialize_for(config: RunConfig, device: Device) -> torch.device:
+    """:func:`initialize` as a run's configuration says, deterministic mode included."""
+    if config.train.deterministic_mode:
+        make_deterministic()
+    return initialize(
+        device,
+        tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
+        backend=config.parallel.distributed_backend,
+        timeout_minutes=config.parallel.distributed_timeout_minutes,
+        seed=config.train.seed,
+    )
 
 
 def seed_all(seed: int, *, data_parallel_offset: bool = False) -> None:

@@ -281,15 +281,7 @@ def main(argv: list[str] | None = None) -> int:
     config, _, _, device, _ = prepared
     if args.check_only:
         return 0
-    if config.train.deterministic_mode:
-        distributed.make_deterministic()
-    distributed.initialize(
-        device,
-        tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
-        backend=config.parallel.distributed_backend,
-        timeout_minutes=config.parallel.distributed_timeout_minutes,
-        seed=config.train.seed,
-    )
+    distributed.initialize_for(config, device)
     try:
         trainer = build_trainer(*prepared)
         code = trainer.train()

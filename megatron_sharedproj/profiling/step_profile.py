@@ -94,16 +94,8 @@ def trainer_of(args: argparse.Namespace) -> Iterator[Any]:
 
     prepared = prepare(args)
     config, device = prepared[0], prepared[3]
-    if config.train.deterministic_mode:
-        distributed.make_deterministic()
     try:
-        distributed.initialize(
-            device,
-            tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
-            backend=config.parallel.distributed_backend,
-            timeout_minutes=config.parallel.distributed_timeout_minutes,
-            seed=config.train.seed,
-        )
+        distributed.initialize_for(config, device)
         with contextlib.redirect_stdout(sys.stderr):  # what the trainer says of itself is not the table
             trainer = build_trainer(*prepared)
         trainer.model.train()
