@@ -33,6 +33,15 @@ def onednn_is_faster() -> bool:
     return "GenuineIntel" not in vendor and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
+def fp32_library() -> str:
+    """What computes fp32 products on this machine's CPU, and why, for the user."""
+    if onednn_is_faster():
+        return f"oneDNN from {_SMALLEST:,} multiply-accumulates on (MKL keeps to AVX2 here)"
+    if not torch.backends.mkl.is_available():
+        return "torch's own choice (no MKL in this build)"
+    return "MKL (oneDNN takes over on AVX-512 processors that are not Intel's)"
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.t() + bias.
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from megatron_sharedproj.cpu_cross_entropy import vocab_parallel_cross_entropy
-from megatron_sharedproj.cpu_linear import linear_with_grad_accumulation_and_async_allreduce
+from megatron_sharedproj.cpu_linear import fp32_library, linear_with_grad_accumulation_and_async_allreduce
 
 _ENGINE = "megatron.core"
 
@@ -63,6 +63,10 @@ class Device:
 
     def describe(self) -> str:
         return f"cpu ({torch.get_num_threads()} thread(s) per process)"
+
+    def products(self) -> str:
+        """Which library computes fp32 matrix products here; empty where there is no choice."""
+        return f"fp32 matrix products: {fp32_library()}"
 
 
 class CpuDevice(Device):
@@ -116,6 +120,9 @@ class CudaDevice(Device):
 
     def describe(self) -> str:
         return torch.cuda.get_device_name()
+
+    def products(self) -> str:
+        return ""
 
 
 def get_device() -> Device:

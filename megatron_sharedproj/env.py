@@ -16,6 +16,7 @@ import torch
 
 from megatron_sharedproj import __version__
 from megatron_sharedproj.command_line import Parser, print_error
+from megatron_sharedproj.cpu_linear import fp32_library
 from megatron_sharedproj.ops import extension, paths
 from megatron_sharedproj.variants import get_variant
 
@@ -49,6 +50,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda or "none",
         "threads": torch.get_num_threads(),
+        "cpu_fp32_products": fp32_library(),
         "gpus": _gpus(),
         "packages": {package: _version(package) for package in PACKAGES},
         "extension": extension.BUILD_INFO or {"missing": extension.MISSING},
@@ -87,6 +89,7 @@ def _lines(found: dict[str, Any], shape: str) -> list[str]:
         ("megatron_sharedproj", found["megatron_sharedproj"]),
         ("python", f"{found['python']}, {found['machine']}"),
         ("torch", f"{found['torch']}, CUDA {found['torch_cuda']}, {found['threads']} thread(s)"),
+        ("CPU fp32 products", found["cpu_fp32_products"]),
         *found["packages"].items(),
         ("GPU", "; ".join(found["gpus"]) or "none visible"),
     ]

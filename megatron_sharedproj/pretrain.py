@@ -153,6 +153,8 @@ def build_trainer(
         f"{world} process(es), tensor parallel {config.parallel.tensor_model_parallel_size}, "
         f"data parallel {ranks}, {device.describe()}; {check_device(config, device, ranks)}"
     )
+    if products := device.products():
+        log.message(products)
     model = build_model(
         config.model,
         config.parallel,

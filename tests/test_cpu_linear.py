@@ -67,6 +67,7 @@ def test_which_library_computes(onednn: list[int], monkeypatch: pytest.MonkeyPat
     cpu_linear.product(torch.randn(512, 64).double(), torch.randn(128, 64).double())
     large = [torch.Size((m, k)) for m, k, n in SHAPES if m * k * n >= 1 << 22]
     assert calls == (large if onednn[0] else []) and len(large) == 2
+    assert cpu_linear.fp32_library().startswith("oneDNN from 4,194,304 ") == bool(calls)
 
 
 def test_views_and_what_needs_no_gradient(onednn: list[int]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_sharedproj.cpu_linear import fp32_library
 from megatron_sharedproj.device import CpuDevice, get_device
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="describes machines without a GPU")
@@ -40,6 +41,7 @@ def test_without_a_gpu_it_is_the_cpu() -> None:
     assert device.setup(0) == torch.device("cpu")
     assert not device.trains_in_fp16
     assert "cpu" in device.describe()
+    assert device.products() == f"fp32 matrix products: {fp32_library()}"
 
 
 def test_install_is_idempotent(leaf: ModuleType) -> None:

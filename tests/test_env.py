@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sharedproj import __version__, env
+from megatron_sharedproj import __version__, cpu_linear, env
 from megatron_sharedproj.ops import extension
 
 
@@ -28,6 +28,7 @@ def test_text(capsys: Any) -> None:
     lines = dict(line.split(None, 1) for line in out.splitlines() if not line.startswith(" "))
     assert lines["megatron_sharedproj"] == __version__
     assert lines["torch"].startswith(torch.__version__)
+    assert f"\nCPU fp32 products    {cpu_linear.fp32_library()}\n" in out
     assert "qk_eq_v, cpu, fp32, head size 32, sequence 128" in out
     for step in ("train", "prefill", "decode"):
         assert f"\n  {step} " in out
@@ -37,6 +38,7 @@ def test_json_says_what_the_op_does(capsys: Any) -> None:
     code, out, _ = run(capsys, "--device", "cpu", "--format", "json", "--dtype", "bf16")
     found = json.loads(out)
     assert code == 0
+    assert found["cpu_fp32_products"] == cpu_linear.fp32_library()
     assert found["extension"] == (extension.BUILD_INFO or {"missing": extension.MISSING})
     expected = "sdpa" if extension.MISSING else "extension"
     assert all(path.startswith(expected) for path in found["attention_paths"].values())

@@ -14,6 +14,7 @@ import pytest
 import zstandard
 
 from megatron_sharedproj import pretrain
+from megatron_sharedproj.device import get_device
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ROOT / "tools"
@@ -93,6 +94,7 @@ def test_log_says_what_runs(chain: Path) -> None:
     assert "attention variant: qk_eq_v (paper: Q-K=V): 2 projection(s) [q, kv]" in text
     assert "attention path: extension (forward and backward kernel, " in text
     assert "2 process(es), tensor parallel 1, data parallel 2" in text
+    assert f"{get_device().products()}\n" in text
     assert " iteration       12/      12 | consumed samples:           96 | elapsed time" in text
     assert "| variant: qk_eq_v |" in text and "tokens/s:" in text
     records = [json.loads(line) for line in (chain / "run" / "log.jsonl").read_text().splitlines()]
