@@ -4,7 +4,7 @@
 ours   the Trainer of python -m megatron_sharedproj.pretrain (Megatron-Core's engine, this package's
        attention), on its synthetic data
 plain  the GPT and the loop below: SDPA, fused AdamW, clipping, the batches in memory; torch.compile on a
-       GPU, autocast over fp32 weights for bf16
+       GPU, autocast over fp32 weights for bf16 (ours: bf16 weights, fp32 masters and gradients)
 Both train the same model with the same dropout, batch and dtype. They take turns in random order, each turn
 a window of steps behind one that is not timed; the medians are over windows.
 """
@@ -16,6 +16,7 @@ import contextlib
 import csv
 import ctypes
 import io
+import itertools
 import logging
 import math
 import random
@@ -54,8 +55,10 @@ example:
              pass per token, causal scores only (T (T + 1) / 2 pairs), as in the trainer's log
   MFU T^2    the same with all T^2 pairs counted, the convention of most papers
   peak       a GPU's by its data sheet (dense bf16); on a CPU the fastest matrix product measured in this run
-  x plain    tokens/s / those of the plain loop with the same variant
-  x qkv      tokens/s / those of the same engine with qkv; FLOPs: what the FLOP counts would make of it
+  x plain    tokens/s / those of the plain loop with the same variant and dtype
+  x qkv      tokens/s / those of the same engine and dtype with qkv; FLOPs: what the FLOP counts would
+             make of it
+  x fp32     tokens/s / those of the same engine and variant in fp32
 """
 # With the default vocabularies beside them, 10m has 10 and 24 million parameters, 30m 30 and 51 million.
 SIZES: dict[str, dict[str, int]] = {
@@ -75,10 +78,12 @@ COLUMNS = (
     "date", "commit", *_IDENTITY, "parameters", "tokens_per_second", "tokens_per_second_p10",
     "tokens_per_second_p90", "windows", "steps_per_window", "flops_per_token", "mfu", "mfu_full_scores",
     "peak_tflops", "peak_is", "matrix_product_tflops", "percent_of_matrix_product", "peak_memory_mb",
-    "last_loss", "ratio_vs_plain", "ratio_vs_qkv", "flop_ratio_vs_qkv",
+    "last_loss", "ratio_vs_plain", "ratio_vs_qkv", "flop_ratio_vs_qkv", "ratio_vs_fp32",
 )  # fmt: skip
 
 Row = dict[str, str]
+Key = tuple[str, str, str]  # engine, variant, dtype
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -151,7 +156,7 @@ class Contender:
     peak: int = 0
 
 
-def plain(config: ModelConfig, args: argparse.Namespace, device: torch.device) -> Contender:
+def plain(config: ModelConfig, args: argparse.Namespace, dtype: str, device: torch.device) -> Contender:
     """The plain loop."""
     torch.manual_seed(1)
     model: Any = PlainGPT(config).to(device).train()
@@ -165,7 +170,7 @@ def plain(config: ModelConfig, args: argparse.Namespace, device: torch.device) -
 
     def step() -> None:
         batch = batches[random.randrange(len(batches))]
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
             loss = model(batch[:, :-1], batch[:, 1:])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -176,7 +181,7 @@ def plain(config: ModelConfig, args: argparse.Namespace, device: torch.device) -
     return Contender(step, lambda: last[0].item())
 
 
-def ours(config: ModelConfig, args: argparse.Namespace, device: torch.device) -> Contender:
+def ours(config: ModelConfig, args: argparse.Namespace, dtype: str, device: torch.device) -> Contender:
     """The trainer's own steps."""
     from megatron_sharedproj.pretrain import build_trainer, prepare
     from megatron_sharedproj.profiling.step_profile import arguments_of
@@ -186,7 +191,7 @@ def ours(config: ModelConfig, args: argparse.Namespace, device: torch.device) ->
         train=TrainConfig(
             seq_length=args.seq_length, micro_batch_size=args.micro_batch_size, train_iters=100_000,
             lr=_LR, min_lr=_LR, adam_beta1=_BETAS[0], adam_beta2=_BETAS[1], weight_decay=_DECAY,
-            clip_grad=_CLIP, eval_iters=0, bf16=args.dtype == "bf16",
+            clip_grad=_CLIP, eval_iters=0, bf16=dtype == "bf16",
         ),
         data=DataConfig(
             mock_data=True, tokenizer_type="NullTokenizer", vocab_size=config.padded_vocab_size - 1,
@@ -261,7 +266,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     cases.add_argument("--seq-length", type=positive_int, help="default: 512 on a CPU, 2048 on a GPU")
     cases.add_argument("--micro-batch-size", type=positive_int, help="default: 4 on a CPU, 8 on a GPU")
-    cases.add_argument("--dtype", choices=("fp32", "bf16"), help="default: fp32 on a CPU, bf16 on a GPU")
+    cases.add_argument(
+        "--dtypes", type=list_of(str, tuple(DTYPES)), metavar="NAME,NAME",
+        help="default: fp32,bf16 on a CPU, bf16 on a GPU",
+    )  # fmt: skip
     cases.add_argument("--hidden-dropout", type=float, default=0.0, metavar="P", help="default 0")
     cases.add_argument(
         "--compile", action=argparse.BooleanOptionalAction,
@@ -295,7 +303,7 @@ def check(args: argparse.Namespace, on_gpu: bool) -> list[tuple[Case, ModelConfi
     args.vocab_sizes = args.vocab_sizes or ((50304,) if on_gpu else (8192, 50304))
     args.seq_length = args.seq_length or (2048 if on_gpu else 512)
     args.micro_batch_size = args.micro_batch_size or (8 if on_gpu else 4)
-    args.dtype = args.dtype or ("bf16" if on_gpu else "fp32")
+    args.dtypes = args.dtypes or (("bf16",) if on_gpu else ("fp32", "bf16"))
     args.compile = on_gpu if args.compile is None else args.compile
     return [
         (
@@ -340,31 +348,36 @@ class Benchmark:
         self.device = distributed.initialize(get_device())
         self.memory = Memory(self.device)
         self.machine = get_machine(self.device.type)
-        dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-        self._rate = lambda: measure_roofline([dtype], self.machine).flops[dtype]
-        self.product, self.sheet = self._rate(), formulas.peak_flops(self.machine.name)
+        dtypes = {name: DTYPES[name] for name in args.dtypes}
+        self._rates = lambda: {
+            name: measure_roofline([dtype], self.machine).flops[dtype] for name, dtype in dtypes.items()
+        }
+        self.products, self.sheet = self._rates(), formulas.peak_flops(self.machine.name)
         self.peak_is = "data sheet, dense bf16" if self.sheet else "measured matrix product"
         run = environment(self.machine, ROOT)
         run.pop("cuda")
         self.run: Row = {
             **run,
-            "dtype": args.dtype,
             "compile": str(args.compile).lower(),
             "seq_length": str(args.seq_length),
             "micro_batch_size": str(args.micro_batch_size),
             "hidden_dropout": f"{args.hidden_dropout:g}",
         }
 
-    @property
-    def peak(self) -> float:
+    def peak(self, dtype: str) -> float:
         """FLOP/s that MFU is a fraction of."""
-        return self.sheet or self.product
+        return self.sheet or self.products[dtype]
 
-    def identity(self, case: Case, engine: str, variant: str) -> tuple[str, ...]:
+    def keys(self) -> list[Key]:
+        """What is compared in a case."""
+        return list(itertools.product(self.args.engines, self.args.variants, self.args.dtypes))
+
+    def identity(self, case: Case, key: Key) -> tuple[str, ...]:
         """What tells one measurement from another."""
+        engine, variant, dtype = key
         row = {
             **self.run, "size": case.size, "vocab_size": str(case.vocab_size), "engine": engine,
-            "variant": variant,
+            "variant": variant, "dtype": dtype,
         }  # fmt: skip
         return tuple(row[name] for name in _IDENTITY)
 
@@ -378,10 +391,12 @@ class Benchmark:
         self.machine.wait()
         return (time.perf_counter() - start) / count
 
-    def _build(self, builder: Any, config: ModelConfig) -> Contender:
+    def _build(self, config: ModelConfig, key: Key) -> Contender:
+        engine, variant, dtype = key
         self.memory.reset()
         before = self.memory.now()
-        contender: Contender = builder(config, self.args, self.device)
+        own = config.replace(attention_variant=variant)
+        contender: Contender = BUILDERS[engine](own, self.args, dtype, self.device)
         for _ in range(2):  # the optimizer's state is made in the first
             contender.step()
         self.machine.wait()
@@ -389,15 +404,11 @@ class Benchmark:
         return contender
 
     def measure(self, case: Case, config: ModelConfig) -> list[Row]:
-        """The rows of a case, one per engine and variant."""
+        """The rows of a case, one per engine, variant and dtype."""
         from megatron_sharedproj.profiling.timing import Times
 
-        contenders = {
-            (engine, variant): self._build(BUILDERS[engine], config.replace(attention_variant=variant))
-            for variant in self.args.variants
-            for engine in self.args.engines
-        }
-        samples: dict[tuple[str, str], list[float]] = {key: [] for key in contenders}
+        contenders = {key: self._build(config, key) for key in self.keys()}
+        samples: dict[Key, list[float]] = {key: [] for key in contenders}
         counts = {
             key: max(1, math.ceil(self.args.window_seconds / self._window(one, 1)))
             for key, one in contenders.items()
@@ -409,7 +420,7 @@ class Benchmark:
             for key in keys:
                 samples[key].append(self._window(contenders[key], counts[key]))
         # Again: on a shared machine one moment's rate may be half of another's, and a peak is the best.
-        self.product = max(self.product, self._rate())
+        self.products = {name: max(self.products[name], rate) for name, rate in self._rates().items()}
         times = {key: Times.of(taken) for key, taken in samples.items()}
         return [self._row(case, config, key, contenders[key], times, counts[key]) for key in contenders]
 
@@ -417,14 +428,14 @@ class Benchmark:
         self,
         case: Case,
         config: ModelConfig,
-        key: tuple[str, str],
+        key: Key,
         contender: Contender,
-        times: dict[tuple[str, str], Any],
+        times: dict[Key, Any],
         count: int,
     ) -> Row:
         from megatron_sharedproj import formulas
 
-        engine, variant = key
+        engine, variant, dtype = key
         own, found = config.replace(attention_variant=variant), times[key]
         length = self.args.seq_length
         tokens = self.args.micro_batch_size * length
@@ -432,7 +443,7 @@ class Benchmark:
         flops = formulas.train_flops_per_token(own, length)
         full = 6 * formulas.macs(own, length)["total"] / length
 
-        def against(other: tuple[str, str]) -> float | None:
+        def against(other: Key) -> float | None:
             return times[other].median / found.median if other in times else None
 
         figures: dict[str, float | None] = {
@@ -440,21 +451,22 @@ class Benchmark:
             "tokens_per_second_p10": tokens / found.p90,
             "tokens_per_second_p90": tokens / found.p10,
             "flops_per_token": flops,
-            "mfu": rate * flops / self.peak,
-            "mfu_full_scores": rate * full / self.peak,
-            "peak_tflops": self.peak / 1e12,
-            "matrix_product_tflops": self.product / 1e12,
-            "percent_of_matrix_product": 100 * rate * flops / self.product,
+            "mfu": rate * flops / self.peak(dtype),
+            "mfu_full_scores": rate * full / self.peak(dtype),
+            "peak_tflops": self.peak(dtype) / 1e12,
+            "matrix_product_tflops": self.products[dtype] / 1e12,
+            "percent_of_matrix_product": 100 * rate * flops / self.products[dtype],
             "peak_memory_mb": contender.peak / 1e6,
             "last_loss": contender.loss(),
-            "ratio_vs_plain": against(("plain", variant)),
-            "ratio_vs_qkv": against((engine, "qkv")),
+            "ratio_vs_plain": against(("plain", variant, dtype)),
+            "ratio_vs_qkv": against((engine, "qkv", dtype)),
+            "ratio_vs_fp32": against((engine, variant, "fp32")),
             "flop_ratio_vs_qkv": formulas.train_flops_per_token(config, length) / flops,
         }
         return {
             "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "commit": self.run["commit"],
-            **dict(zip(_IDENTITY, self.identity(case, engine, variant), strict=True)),
+            **dict(zip(_IDENTITY, self.identity(case, key), strict=True)),
             "parameters": str(formulas.parameters(own)["total"]),
             "windows": str(found.repeats),
             "steps_per_window": str(count),
@@ -463,9 +475,9 @@ class Benchmark:
         }
 
 
-_TITLES = ("engine", "variant", "tokens/s", "p10-p90", "windows", "MFU", "MFU T^2", "peak MB", "x plain",
-           "x qkv", "FLOPs")  # fmt: skip
-_LINE = "{:<6} {:<12} {:>9} {:>17} {:>8} {:>6} {:>7} {:>8} {:>7} {:>6} {:>6}"
+_TITLES = ("engine", "variant", "dtype", "tokens/s", "p10-p90", "windows", "MFU", "MFU T^2", "peak MB",
+           "x plain", "x qkv", "FLOPs", "x fp32")  # fmt: skip
+_LINE = "{:<6} {:<12} {:<5} {:>9} {:>17} {:>8} {:>6} {:>7} {:>8} {:>7} {:>6} {:>6} {:>6}"
 
 
 def print_rows(rows: Sequence[Row]) -> None:
@@ -476,11 +488,12 @@ def print_rows(rows: Sequence[Row]) -> None:
         spread = f"{number['tokens_per_second_p10']:,.0f}-{number['tokens_per_second_p90']:,.0f}"
         ratios = [
             "-" if number[name] is None else f"{number[name]:.3f}"
-            for name in ("ratio_vs_plain", "ratio_vs_qkv", "flop_ratio_vs_qkv")
+            for name in ("ratio_vs_plain", "ratio_vs_qkv", "flop_ratio_vs_qkv", "ratio_vs_fp32")
         ]
         print(
             _LINE.format(
-                row["engine"], row["variant"], f"{number['tokens_per_second']:,.0f}", spread, row["windows"],
+                row["engine"], row["variant"], row["dtype"],
+                f"{number['tokens_per_second']:,.0f}", spread, row["windows"],
                 f"{100 * (number['mfu'] or 0):.1f}%", f"{100 * (number['mfu_full_scores'] or 0):.1f}%",
                 f"{number['peak_memory_mb']:,.0f}", *ratios,
             ),
@@ -496,7 +509,7 @@ def plot(rows: Sequence[Row], output: Path) -> None:
     for row in rows:
         cases.setdefault((row["size"], row["vocab_size"]), []).append(row)
     figure = new_figure()
-    figure.set_size_inches(max(6.0, 3.2 * len(cases)), 4.0)
+    figure.set_size_inches(max(6.0, max(3.2, 0.55 * len(rows) / len(cases)) * len(cases)), 4.0)
     panels = figure.subplots(1, len(cases), squeeze=False)[0]
     for axes, ((size, vocab), own) in zip(panels, cases.items(), strict=True):
         rates, low, high = (
@@ -510,13 +523,14 @@ def plot(rows: Sequence[Row], output: Path) -> None:
         bars = axes.bar(range(len(own)), rates, color=colors, yerr=spread, capsize=3)
         labels = [f"{float(row['ratio_vs_plain']):.2f}x" if row["ratio_vs_plain"] else "" for row in own]
         axes.bar_label(bars, labels, label_type="center", fontsize=8, color="white")
-        axes.set_xticks(range(len(own)), [f"{row['engine']}\n{row['variant']}" for row in own], fontsize=7)
+        names = [f"{row['engine']}\n{row['variant']}\n{row['dtype']}" for row in own]
+        axes.set_xticks(range(len(own)), names, fontsize=7)
         axes.set_ylabel("tokens per second")
         axes.set_title(f"{size}, vocabulary {int(vocab):,}", fontsize=9)
         axes.grid(alpha=0.3, axis="y")
     row = rows[-1]
     figure.suptitle(
-        f"{row['device']}, {row['threads']} thread(s), {row['dtype']}: sequence {row['seq_length']}, micro "
+        f"{row['device']}, {row['threads']} thread(s): sequence {row['seq_length']}, micro "
         f"batch {row['micro_batch_size']}; {row['date'][:10]}, {row['commit']}",
         fontsize=8,
     )
@@ -532,16 +546,14 @@ def run(args: argparse.Namespace) -> None:
     benchmark = Benchmark(args)
     known = {tuple(row[name] for name in _IDENTITY) for row in rows}
     # What is compared comes from one run: a case that lacks a row is measured as a whole.
-    wanted = {
-        case: {benchmark.identity(case, engine, v) for engine in args.engines for v in args.variants}
-        for case, _ in cases
-    }
+    wanted = {case: {benchmark.identity(case, key) for key in benchmark.keys()} for case, _ in cases}
     todo = [(case, config) for case, config in cases if wanted[case] - known]
     if len(todo) < len(cases):
         print(f"{len(cases) - len(todo)} of {len(cases)} cases are in {args.output}")
     print(
         f"{benchmark.machine.name}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, "
-        f"{args.dtype}; peak {benchmark.peak / 1e12:.4g} TFLOP/s ({benchmark.peak_is}, so far)\n"
+        f"peak {', '.join(f'{d} {benchmark.peak(d) / 1e12:.4g}' for d in args.dtypes)} TFLOP/s "
+        f"({benchmark.peak_is}, so far)\n"
         "MFU = tokens/s * 6 * multiply-accumulates per token / peak, causal scores only (MFU T^2: all)"
     )
     progress = ProgressBar(len(todo))

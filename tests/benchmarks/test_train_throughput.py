@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import os
 import subprocess
 import sys
@@ -105,15 +106,18 @@ def test_rows_plot_and_resumption(tmp_path: Path) -> None:
     assert (tmp_path / "t.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     with open(tmp_path / "t.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["size"] for row in rows] == ["10m"] * 4 + ["30m"] * 4
-    for own in (rows[:4], rows[4:]):
-        of = {(row["engine"], row["variant"]): row for row in own}
-        assert set(of) == {(e, v) for e in ("ours", "plain") for v in ("qkv", "qk_eq_v")}
-        for (engine, variant), row in of.items():
+    assert [row["size"] for row in rows] == ["10m"] * 8 + ["30m"] * 8
+    names = [("ours", "plain"), ("qkv", "qk_eq_v"), ("fp32", "bf16")]
+    for own in (rows[:8], rows[8:]):
+        of = {(row["engine"], row["variant"], row["dtype"]): row for row in own}
+        assert set(of) == set(itertools.product(*names))
+        for (engine, variant, dtype), row in of.items():
             speed = float(row["tokens_per_second"])
-            ratio = speed / float(of["plain", variant]["tokens_per_second"])
+            ratio = speed / float(of["plain", variant, dtype]["tokens_per_second"])
             assert float(row["ratio_vs_plain"]) == pytest.approx(ratio, rel=1e-4)
-            base = of[engine, "qkv"]
+            ratio = speed / float(of[engine, variant, "fp32"]["tokens_per_second"])
+            assert float(row["ratio_vs_fp32"]) == pytest.approx(ratio, rel=1e-4)
+            base = of[engine, "qkv", dtype]
             assert float(row["ratio_vs_qkv"]) == pytest.approx(
                 speed / float(base["tokens_per_second"]), rel=1e-4
             )
