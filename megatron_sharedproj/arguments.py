@@ -25,6 +25,7 @@ from megatron_sharedproj.config import (
     TrainConfig,
 )
 from megatron_sharedproj.data.tokenizers import padded_vocab_size
+from megatron_sharedproj.layout import resolve_layout
 from megatron_sharedproj.variants import VARIANTS, get_variant
 
 _EXAMPLE = """examples:
@@ -69,7 +70,13 @@ _TABLE: dict[str, tuple[type, dict[str, str]]] = {
         ParallelConfig,
         {
             "tensor_model_parallel_size": "ranks that share a layer's weights",
+            "pipeline_model_parallel_size": "stages that the layers are divided into",
+            "num_virtual_stages_per_pipeline_rank": "chunks of a stage; above 1: interleaved schedule",
+            "context_parallel_size": "ranks that share a sequence; only 1 is supported yet",
             "sequence_parallel": "split norms and residuals over the tensor-parallel ranks as well",
+            "recompute_granularity": "what backward computes again: selective (core attention), full",
+            "recompute_method": "with full: uniform (units of layers) or block (the first layers of a stage)",
+            "recompute_num_layers": "layers in a unit (uniform), or layers per stage (block)",
             "use_distributed_optimizer": "shard optimizer state over data-parallel ranks (GPU)",
             "overlap_grad_reduce": "reduce gradients while backward runs",
             "overlap_param_gather": "gather parameters while forward runs (with the distributed optimizer)",
@@ -227,8 +234,17 @@ def build_parser() -> argparse.ArgumentParser:
                 "--data-args-path", default="", metavar="FILE", help="a file that holds --data-path's words"
             )
         if title == "parallelism":
-            for flag in ("--pipeline-model-parallel-size", "--context-parallel-size"):
-                group.add_argument(flag, type=int, default=1, help="only 1 is supported yet")
+            group.add_argument(
+                "--num-layers-per-virtual-pipeline-stage",
+                type=int,
+                metavar="N",
+                help="instead of --num-virtual-stages-per-pipeline-rank: layers in a chunk",
+            )
+            group.add_argument(
+                "--recompute-activations",
+                action="store_true",
+                help="the same as --recompute-granularity selective",
+            )
     parser.add_argument(
         "--check-only",
         action="store_true",
@@ -345,12 +361,6 @@ def run_config(args: argparse.Namespace, vocab_size: int, world_size: int) -> Ru
     for cls, names in hints.items():
         if cls is not ModelConfig:
             parts[cls] = cls(**{name: getattr(args, name) for name in names})
-    for flag in ("pipeline_model_parallel_size", "context_parallel_size"):
-        if getattr(args, flag) != 1:
-            raise ValueError(
-                f"--{flag.replace('_', '-')} {getattr(args, flag)}: not supported yet; use tensor and data "
-                "parallelism (1 here)"
-            )
     config = RunConfig(
         model=model_config(args, vocab_size),
         parallel=parts[ParallelConfig],
@@ -362,6 +372,7 @@ def run_config(args: argparse.Namespace, vocab_size: int, world_size: int) -> Ru
     if args.data_args_path:
         config.data.data_path = _read_blend(args.data_args_path, config.data)
     _check_data(config, per_token_loss=args.calculate_per_token_loss)
+    resolve_layout(config, args.num_layers_per_virtual_pipeline_stage, args.recompute_activations)
     _resolve(config, world_size, {name: getattr(args, f"{name}_samples") for name in _BY_SAMPLES})
     return config
 

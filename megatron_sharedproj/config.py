@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,10 +135,20 @@ class ModelConfig:
 
 @dataclass
 class ParallelConfig:
-    """How the work is split. Sizes are numbers of ranks."""
+    """How the work is split, and what is computed twice to keep less. Sizes are numbers of ranks.
+
+    ``num_virtual_stages_per_pipeline_rank`` is the number of model chunks of a rank: above 1 the schedule is
+    interleaved. ``recompute_granularity`` is empty (none), selective or full.
+    """
 
     tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    num_virtual_stages_per_pipeline_rank: int = 1
+    context_parallel_size: int = 1
     sequence_parallel: bool = False
+    recompute_granularity: str = ""
+    recompute_method: str = ""  # full: uniform or block
+    recompute_num_layers: int = 0
     use_distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
@@ -146,6 +157,12 @@ class ParallelConfig:
     distributed_backend: str = ""  # empty: nccl on GPUs, gloo on CPUs
     distributed_timeout_minutes: int = 10
     transformer_impl: str = "local"
+
+    @property
+    def ranks_per_replica(self) -> int:
+        """Ranks that hold one copy of the model together."""
+        sizes = self.tensor_model_parallel_size, self.pipeline_model_parallel_size, self.context_parallel_size
+        return math.prod(sizes)
 
 
 @dataclass

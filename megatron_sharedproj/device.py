@@ -273,6 +273,41 @@ _REPLACED = {
 }
 
 
+def _tie_embeddings(original: Any) -> Any:
+    """LanguageModule's set-up of tied embeddings, whose copy between pipeline stages stays on the CPU.
+
+    It moves the last stage's copy with ``Tensor.cuda()``, which a scoped ``torch`` cannot turn aside. So it
+    is told that this rank has no part in the copying, and the copying is done here.
+    """
+
+    def setup_embeddings_and_output_layer(self: Any) -> None:
+        asked: list[bool] = []
+
+        def not_in_group() -> bool:
+            asked.append(True)
+            return False
+
+        belongs = self._is_in_embd_group()
+        self._is_in_embd_group = not_in_group
+        try:
+            original(self)
+        finally:
+            del self._is_in_embd_group
+        weight = self.shared_embedding_or_output_weight()
+        if asked and belongs and not weight.is_meta:
+            torch.distributed.all_reduce(weight.data, group=self.embd_group)
+
+    return setup_embeddings_and_output_layer
+
+
+# Methods, for the same reason: module and class -> method -> what to make of it.
+_REPLACED_METHODS = {
+    (f"{_ENGINE}.models.common.language_module.language_module", "LanguageModule"): {
+        "setup_embeddings_and_output_layer": _tie_embeddings
+    },
+}
+
+
 def _no_rng_warning(record: logging.LogRecord) -> bool:
     return "CPU RNG state changed" not in record.getMessage()
 
@@ -309,6 +344,13 @@ def _scope(module: ModuleType) -> None:
     for name, replacement in _REPLACED.items():
         if name in module.__dict__:
             module.__dict__[name] = replacement
+    for (home, class_name), methods in _REPLACED_METHODS.items():
+        owner = module.__dict__.get(class_name) if module.__name__ == home else None
+        for name, replace in methods.items():
+            original = getattr(owner, name, None)
+            # A module that was imported before install() is met again by each later call of it.
+            if original is not None and original.__module__ == home:
+                setattr(owner, name, replace(original))
 
 
 class _ScopedLoader(importlib.machinery.SourceFileLoader):

@@ -11,7 +11,7 @@ import numpy
 import torch
 import torch.distributed
 
-from megatron_sharedproj.config import RunConfig
+from megatron_sharedproj.config import ParallelConfig, RunConfig
 from megatron_sharedproj.device import Device
 
 
@@ -20,10 +20,24 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def group_sizes(parallel: ParallelConfig) -> dict[str, int]:
+    """The arguments of :func:`initialize` that a layout decides."""
+    names = (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "num_virtual_stages_per_pipeline_rank",
+        "context_parallel_size",
+    )
+    return {name: getattr(parallel, name) for name in names}
+
+
 def initialize(
     device: Device,
     *,
     tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+    num_virtual_stages_per_pipeline_rank: int = 1,
+    context_parallel_size: int = 1,
     backend: str = "",
     timeout_minutes: int = 10,
     seed: int = 1234,
@@ -50,7 +64,13 @@ def initialize(
             backend or device.backend, timeout=datetime.timedelta(minutes=timeout_minutes)
         )
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_model_parallel_size)
+        chunks = num_virtual_stages_per_pipeline_rank
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor_model_parallel_size,
+            pipeline_model_parallel_size=pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+            context_parallel_size=context_parallel_size,
+        )
     seed_all(seed)
     return local
 
@@ -61,7 +81,7 @@ def initialize_for(config: RunConfig, device: Device) -> torch.device:
         make_deterministic()
     return initialize(
         device,
-        tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
+        **group_sizes(config.parallel),
         backend=config.parallel.distributed_backend,
         timeout_minutes=config.parallel.distributed_timeout_minutes,
         seed=config.train.seed,
@@ -75,14 +95,16 @@ def seed_all(seed: int, *, data_parallel_offset: bool = False) -> None:
     tracked stream (attention dropout) differs between them.
 
     Args:
-        data_parallel_offset: give each data-parallel rank its own streams. Weights must be drawn without
-            it, training wants it: replicas that see different data should not drop the same units.
+        data_parallel_offset: give each data-parallel rank and each pipeline stage its own streams. Weights
+            must be drawn without it, training wants it: replicas that see different data, and layers on
+            different stages, should not drop the same units.
     """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     if data_parallel_offset:
         seed += 100003 * parallel_state.get_data_parallel_rank()
+        seed += 100 * parallel_state.get_pipeline_model_parallel_rank()  # Megatron-LM's offset
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)

@@ -6,7 +6,10 @@ import importlib.util
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_sharedproj.config import ModelConfig, ParallelConfig
@@ -51,6 +54,7 @@ def transformer_config(
         fused: use Megatron's fused bias, activation and dropout; by default where the device has them.
     """
     parallel = parallel or ParallelConfig()
+    chunks = parallel.num_virtual_stages_per_pipeline_rank
     init = normal_init(model.init_method_std)
     fused = get_device().has_fused_kernels if fused is None else fused
     # apex's weight-gradient kernel is the only provider of this fusion.
@@ -80,7 +84,15 @@ def transformer_config(
         output_layer_init_method=None if model.scaled_init else init,
         init_method_std=model.init_method_std,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+        # Megatron-LM's choice: the interleaved schedule sends while it computes.
+        overlap_p2p_comm=chunks > 1,
+        batch_p2p_comm=chunks == 1,
         sequence_parallel=parallel.sequence_parallel,
+        recompute_granularity=parallel.recompute_granularity or None,
+        recompute_method=parallel.recompute_method or None,
+        recompute_num_layers=parallel.recompute_num_layers or None,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -97,43 +109,115 @@ def transformer_config(
     )
 
 
-def build_model(
+class ModelChunks(torch.nn.ModuleList):
+    """The chunks of a rank under the interleaved schedule as one module, to save and to load.
+
+    Their keys get the chunk's index in front; a sharded tensor keeps its own key, which names the layer in
+    the whole model, so that the files do not depend on the layout.
+    """
+
+    def sharded_state_dict(self) -> dict[str, Any]:
+        return {
+            f"{index}.{name}": value
+            for index, chunk in enumerate(self)
+            for name, value in chunk.sharded_state_dict().items()
+        }
+
+
+class _Drawing:
+    """Draws the initial weights of a rank's layers from the whole model's stream of random numbers.
+
+    One process draws the embedding, layer after layer, then the head. A pipeline stage draws in the same
+    order what other stages hold, and drops it: the weights of a seed are the same at any pipeline size.
+    """
+
+    def __init__(self, config: TransformerConfig, model: ModelConfig, layer: TransformerBlockSubmodules):
+        self.config, self.model, self.layer = config, model, layer
+        self.drawn = -1  # layers so far; -1: not even the embedding
+
+    def skip_to(self, layer: int, vp_stage: int | None) -> None:
+        """Draw and drop what comes before a layer (0: the first)."""
+        if torch.get_default_device().type == "meta":
+            return
+        if self.drawn < 0:
+            LanguageModelEmbedding(
+                config=self.config,
+                vocab_size=self.model.padded_vocab_size,
+                max_sequence_length=self.model.max_position_embeddings,
+                position_embedding_type=self.model.position_embedding_type,  # type: ignore[arg-type]
+            )
+            self.drawn = 0
+        for _ in range(self.drawn, layer):
+            TransformerBlock(self.config, self.layer, post_layer_norm=False, vp_stage=vp_stage)
+        self.drawn = layer
+
+
+def build_chunks(
     model_config: ModelConfig,
     parallel: ParallelConfig | None = None,
     *,
     dtype: torch.dtype = torch.float32,
     parallel_output: bool = True,
     **config_overrides: Any,
-) -> GPTModel:
-    """Build the model of this rank on the CPU (or on torch's default device, e.g. meta).
+) -> list[GPTModel]:
+    """Build this rank's part of the model on the CPU (or on torch's default device, e.g. meta).
 
-    Megatron's parallel state must be initialised, and ``get_device().install()`` called before.
+    Megatron's parallel state must be initialised for ``parallel``, and ``get_device().install()`` called
+    before. For one state of the random generator the weights are the same under every layout.
 
     Args:
         parallel_output: leave the logits split over the tensor-parallel ranks.
         config_overrides: fields set on the TransformerConfig (finalize_model_grads_func, ...).
+    Returns:
+        The chunks in the order of their layers: one, or with the interleaved schedule several.
     """
     parallel = parallel or ParallelConfig()
     config = transformer_config(model_config, parallel, dtype=dtype)
     for name, value in config_overrides.items():
         setattr(config, name, value)
-    block = get_block_spec(
-        model_config.attention_variant,
-        model_config.num_layers,
-        normalization=model_config.normalization,
-        qk_layernorm=model_config.qk_layernorm,
-        transformer_impl=parallel.transformer_impl,
-    )
-    model = GPTModel(
-        config=config,
-        transformer_layer_spec=block,
-        vocab_size=model_config.padded_vocab_size,
-        max_sequence_length=model_config.max_position_embeddings,
-        parallel_output=parallel_output,
-        share_embeddings_and_output_weights=not model_config.untie_embeddings_and_output_weights,
-        position_embedding_type=model_config.position_embedding_type,
-        rotary_percent=model_config.rotary_percent,
-        rotary_base=model_config.rotary_base,
-    )
-    # Megatron makes some parameters (position embedding, norms) in fp32 whatever the dtype is.
-    return model.to(dtype)
+    stages, count = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages_per_pipeline_rank
+    layers = model_config.num_layers // (stages * count)
+
+    def block(size: int) -> TransformerBlockSubmodules:
+        return get_block_spec(
+            model_config.attention_variant,
+            size,
+            normalization=model_config.normalization,
+            qk_layernorm=model_config.qk_layernorm,
+            transformer_impl=parallel.transformer_impl,
+        )
+
+    rank = parallel_state.get_pipeline_model_parallel_rank() if stages > 1 else 0
+    drawing = _Drawing(config, model_config, block(1))
+    chunks = []
+    for index in range(count):
+        place = index * stages + rank
+        vp_stage = index if count > 1 else None
+        if place:
+            drawing.skip_to(place * layers, vp_stage)
+        chunk = GPTModel(
+            config=config,
+            transformer_layer_spec=block(layers),
+            vocab_size=model_config.padded_vocab_size,
+            max_sequence_length=model_config.max_position_embeddings,
+            pre_process=place == 0,
+            post_process=place == stages * count - 1,
+            parallel_output=parallel_output,
+            share_embeddings_and_output_weights=not model_config.untie_embeddings_and_output_weights,
+            position_embedding_type=model_config.position_embedding_type,
+            rotary_percent=model_config.rotary_percent,
+            rotary_base=model_config.rotary_base,
+            vp_stage=vp_stage,
+        )
+        drawing.drawn = (place + 1) * layers
+        # Megatron makes some parameters (position embedding, norms) in fp32 whatever the dtype is.
+        chunks.append(chunk.to(dtype))
+    return chunks
+
+
+def build_model(
+    model_config: ModelConfig, parallel: ParallelConfig | None = None, **options: Any
+) -> GPTModel:
+    """The only chunk of :func:`build_chunks`: the whole model, or a pipeline stage. Arguments as there."""
+    (model,) = build_chunks(model_config, parallel, **options)
+    return model

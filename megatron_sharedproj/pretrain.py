@@ -18,6 +18,7 @@ from megatron_sharedproj.data.datasets import build_datasets, check_document_end
 from megatron_sharedproj.data.padded import real_token_share
 from megatron_sharedproj.data.tokenizers import build_tokenizer
 from megatron_sharedproj.device import Device, get_device
+from megatron_sharedproj.layout import describe_layout
 from megatron_sharedproj.ops import paths
 from megatron_sharedproj.quiet import quiet_libraries
 from megatron_sharedproj.validation import check_device, check_folders
@@ -101,7 +102,7 @@ def prepare(args: Any) -> tuple[RunConfig, Any, list[Any], Device, Path | None]:
     )  # fmt: skip
     world = distributed.world_size()
     config = run_config(args, tokenizer.vocab_size, world)
-    check_device(config, device, world // config.parallel.tensor_model_parallel_size)
+    check_device(config, device, world // config.parallel.ranks_per_replica)
     attention_path(config, device)
     checkpoint = find_checkpoint(config)
     blends = resolve_blends(
@@ -126,7 +127,7 @@ def build_trainer(
     from megatron.core.distributed import finalize_model_grads
 
     from megatron_sharedproj.checkpointing.sharded import load_checkpoint
-    from megatron_sharedproj.model import build_model
+    from megatron_sharedproj.model import build_chunks
     from megatron_sharedproj.training import optimizer as optim
     from megatron_sharedproj.training.log import TrainingLog
     from megatron_sharedproj.training.loop import Trainer
@@ -150,24 +151,26 @@ def build_trainer(
         f"{formulas.kv_cache_bytes_per_token(config.model):,} bytes of cache per token at 2 bytes per element"
     )
     log.message(
-        f"{world} process(es), tensor parallel {config.parallel.tensor_model_parallel_size}, "
-        f"data parallel {ranks}, {device.describe()}; {check_device(config, device, ranks)}"
+        f"{world} process(es), {describe_layout(config.parallel)}, data parallel {ranks}, "
+        f"{device.describe()}; {check_device(config, device, ranks)}"
     )
     if products := device.products():
         log.message(products)
-    model = build_model(
+    built = build_chunks(
         config.model,
         config.parallel,
         dtype=getattr(torch, train.params_dtype),
         deterministic_mode=train.deterministic_mode,
-    ).to(local)
-    model.config.finalize_model_grads_func = finalize_model_grads
-    wrapped = optim.wrap_data_parallel(model, config.parallel, train)
-    optimizer = optim.build_optimizer(wrapped, config.parallel, train)
-    model.config.grad_scale_func = optimizer.scale_loss
+    )
+    model_config = built[0].config  # the chunks share it
+    model_config.finalize_model_grads_func = finalize_model_grads
+    chunks = optim.wrap_data_parallel([chunk.to(local) for chunk in built], config.parallel, train)
+    optimizer = optim.build_optimizer(chunks, config.parallel, train)
+    model_config.grad_scale_func = optimizer.scale_loss
     if config.parallel.overlap_grad_reduce:
         # Micro batches before the last one only accumulate.
-        model.config.no_sync_func = wrapped.no_sync
+        no_sync = [chunk.no_sync for chunk in chunks]
+        model_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     schedule = optim.build_schedule(optimizer, train)
     distributed.seed_all(train.seed, data_parallel_offset=True)
 
@@ -183,7 +186,7 @@ def build_trainer(
     )
     train_data, valid_data, test_data = build_datasets(config.data, train, tokenizer, blends, sizes)
     trainer = Trainer(
-        config=config, device=device, torch_device=local, model=wrapped, optimizer=optimizer,
+        config=config, device=device, torch_device=local, chunks=chunks, optimizer=optimizer,
         schedule=schedule, train_data=train_data, valid_data=valid_data, test_data=test_data, log=log,
         boundary=tokenizer.eod if config.data.reset_attention_mask else None,
     )  # fmt: skip
@@ -226,7 +229,7 @@ def _resume(trainer: Any, folder: Path, load_checkpoint: Any) -> None:
     state, same_streams = load_checkpoint(
         folder,
         trainer.device,
-        model=trainer.model.module,
+        model=trainer.bare_model,
         optimizer=trainer.optimizer if with_optimizer else None,
         load_rng=not (fresh or options.no_load_rng),
     )

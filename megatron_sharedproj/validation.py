@@ -10,13 +10,14 @@ from megatron_sharedproj import formulas
 from megatron_sharedproj.config import RunConfig
 from megatron_sharedproj.device import Device
 from megatron_sharedproj.formulas_memory import training_memory_bytes
+from megatron_sharedproj.layout import check_layout, check_micro_batches
 
 
 def check_parallel(config: RunConfig, world_size: int) -> int:
     """Check how the model divides over the ranks.
 
     Returns:
-        Data-parallel size: ranks / tensor-parallel size.
+        Data-parallel size: ranks / (tensor x pipeline x context-parallel size).
     Raises:
         ValueError: naming the flag, the value and what would work.
     """
@@ -28,6 +29,14 @@ def check_parallel(config: RunConfig, world_size: int) -> int:
         raise ValueError(
             f"{flag}: must divide the number of processes, {world_size}; use one of {divisors}, or start "
             f"torchrun with a multiple of {max(tp, 1)} processes"
+        )
+    check_layout(model, parallel)
+    replica = parallel.ranks_per_replica
+    if world_size % replica:
+        raise ValueError(
+            f"--pipeline-model-parallel-size {parallel.pipeline_model_parallel_size}: times {flag} is "
+            f"{replica}, which must divide the number of processes, {world_size}; lower one of them, or "
+            f"start torchrun with a multiple of {replica} processes"
         )
     if model.num_attention_heads % tp:
         raise ValueError(f"{flag}: must divide --num-attention-heads {model.num_attention_heads}")
@@ -52,7 +61,7 @@ def check_parallel(config: RunConfig, world_size: int) -> int:
         raise ValueError(f"--distributed-backend {parallel.distributed_backend}: choose nccl or gloo")
     if parallel.overlap_param_gather and not parallel.use_distributed_optimizer:
         raise ValueError("--overlap-param-gather: needs --use-distributed-optimizer")
-    return world_size // tp
+    return world_size // replica
 
 
 _NOT_NEGATIVE = (
@@ -101,6 +110,7 @@ def check_train(config: RunConfig, data_parallel_size: int) -> None:
             f"--global-batch-size {train.global_batch_size}: must be a multiple of --micro-batch-size "
             f"{train.micro_batch_size} x {data_parallel_size} data-parallel ranks; try {nearest}"
         )
+    check_micro_batches(config.parallel, train.global_batch_size // step)
     if train.seq_length > model.max_position_embeddings:
         raise ValueError(
             f"--seq-length {train.seq_length}: longer than --max-position-embeddings "

@@ -54,6 +54,8 @@ def config_of(flags: str = "", *, world_size: int = 1, without: str = "") -> Run
         ("tensor_model_parallel_size", 1),
         ("pipeline_model_parallel_size", 1),
         ("context_parallel_size", 1),
+        ("num_virtual_stages_per_pipeline_rank", 1),
+        ("num_layers_per_virtual_pipeline_stage", None),
         ("sequence_parallel", False),
         ("use_distributed_optimizer", False),
         ("overlap_grad_reduce", False),
@@ -251,14 +253,17 @@ def test_training_flags_are_required(flag: str) -> None:
 
 GQA = "--group-query-attention --num-query-groups"
 TP = "--tensor-model-parallel-size"
+PP = "--pipeline-model-parallel-size"
+CHUNKS = "--num-virtual-stages-per-pipeline-rank"
+PER_CHUNK = "--num-layers-per-virtual-pipeline-stage"
+DEEP = f"--num-layers 8 {PP} 2"
+RECOMPUTE = "--recompute-"
 REFUSALS = [
     # arguments.py
     ("--num-query-groups 2", 1, ["--num-query-groups 2", "needs --group-query-attention"]),
     ("--grad-reduce-in-bf16", 1, ["--grad-reduce-in-bf16", "needs --bf16"]),
     ("--micro-batch-size 0 --train-samples 100", 1, ["--micro-batch-size 0", "at least 1"]),
     (f"{GQA} 0", 1, ["--num-query-groups 0", "at least 1"]),
-    ("--pipeline-model-parallel-size 2", 2, ["--pipeline-model-parallel-size 2", "use tensor and data"]),
-    ("--context-parallel-size 2", 2, ["--context-parallel-size 2", "use tensor and data"]),
     (
         "--lr-warmup-fraction 0.1 --lr-warmup-iters 5",
         1,
@@ -297,6 +302,45 @@ REFUSALS = [
     ("--transformer-impl torch", 1, ["--transformer-impl torch", "choose local or transformer_engine"]),
     ("--distributed-backend mpi", 1, ["--distributed-backend mpi", "choose nccl or gloo"]),
     ("--overlap-param-gather", 1, ["--overlap-param-gather", "needs --use-distributed-optimizer"]),
+    # layout.py
+    (f"{PP} 3", 3, [f"{PP} 3", "must divide --num-layers 2", "use one of [1, 2]"]),
+    (f"{PP} 0", 2, [f"{PP} 0", "use one of [1, 2]"]),
+    (f"{PP} 2", 3, [f"{PP} 2", "times --tensor-model-parallel-size 1 is 2", "processes, 3", "multiple of 2"]),
+    (f"{PP} 2 {TP} 2", 6, [f"{PP} 2", f"times {TP} 2 is 4", "processes, 6", "multiple of 4"]),
+    (f"{CHUNKS} 2", 1, [f"{CHUNKS} 2", f"needs {PP} of at least 2"]),
+    (f"{CHUNKS} 2 {PP} 2", 2, [f"{CHUNKS} 2", "must divide the 1 layers of a pipeline stage", "[1]"]),
+    (f"{CHUNKS} 0 {PP} 2", 2, [f"{CHUNKS} 0", "must divide the 1 layers"]),
+    (f"{DEEP} {PER_CHUNK} 3", 2, [f"{PER_CHUNK} 3", "the 4 layers of a pipeline stage", "[1, 2, 4]"]),
+    (f"{DEEP} {PER_CHUNK} 0", 2, [f"{PER_CHUNK} 0", "the 4 layers of a pipeline stage"]),
+    (f"{DEEP} {PER_CHUNK} 1 {CHUNKS} 4", 2, [f"{PER_CHUNK} 1", f"{CHUNKS} is given too", "give one"]),
+    (
+        f"{DEEP} {CHUNKS} 2 --global-batch-size 12",
+        2,
+        [f"{CHUNKS} 2", f"multiple of {PP} 2 micro batches per step, not 3", "change --global-batch-size"],
+    ),
+    ("--context-parallel-size 2", 2, ["--context-parallel-size 2", "use 1, and", "--sequence-parallel"]),
+    (f"{RECOMPUTE}granularity some", 1, [f"{RECOMPUTE}granularity some", "choose selective or full"]),
+    (
+        f"--recompute-activations {RECOMPUTE}granularity full",
+        1,
+        ["--recompute-activations", f"{RECOMPUTE}granularity selective", "full is given too"],
+    ),
+    (f"{RECOMPUTE}method block", 1, [f"{RECOMPUTE}method block", f"needs {RECOMPUTE}granularity full"]),
+    (
+        f"--recompute-activations {RECOMPUTE}num-layers 1",
+        1,
+        [f"{RECOMPUTE}num-layers 1", f"needs {RECOMPUTE}granularity full"],
+    ),
+    (
+        f"{RECOMPUTE}granularity full {RECOMPUTE}method all",
+        1,
+        [f"{RECOMPUTE}method all", "choose uniform or block"],
+    ),
+    (
+        f"{DEEP} {CHUNKS} 2 {RECOMPUTE}granularity full {RECOMPUTE}num-layers 3",
+        2,
+        [f"{RECOMPUTE}num-layers 3", "from 1 to the 2 layers of a model chunk"],
+    ),
     # validation.check_train
     ("--seq-length -1", 1, ["--seq-length -1", "must be given and positive"]),
     ("--micro-batch-size 0", 1, ["--micro-batch-size 0", "at least 1"]),
@@ -416,3 +460,17 @@ def test_flags_of_megatron_examples_are_known() -> None:
     --override-opt_param-scheduler
     """
     config_of(" ".join(words.split()))
+
+
+def test_both_spellings_of_interleaving_and_of_recompute_agree() -> None:
+    batch = "--global-batch-size 8"
+    chunks = config_of(f"{DEEP} {CHUNKS} 2 {batch}", world_size=2)
+    assert chunks == config_of(f"{DEEP} {PER_CHUNK} 2 {batch}", world_size=2)
+    assert chunks.parallel.num_virtual_stages_per_pipeline_rank == 2
+    # One chunk per stage is the plain schedule.
+    assert config_of(f"{DEEP} {PER_CHUNK} 4", world_size=2) == config_of(DEEP, world_size=2)
+    selective = config_of("--recompute-activations")
+    assert selective == config_of(f"{RECOMPUTE}granularity selective")
+    full = config_of(f"{RECOMPUTE}granularity full").parallel
+    assert (full.recompute_method, full.recompute_num_layers) == ("uniform", 1)
+    assert config_of(f"{RECOMPUTE}granularity full {RECOMPUTE}method uniform").parallel == full

@@ -192,8 +192,17 @@ def load_checkpoint(
     if optimizer is not None:
         state["optimizer"] = sharded_state(optimizer, state["model"], device, is_loading=True)
     same_ranks = train_state.get("world_size") == torch.distributed.get_world_size()
-    saved_tp = files.checkpoint_config(folder).parallel.tensor_model_parallel_size
-    same_layout = same_ranks and saved_tp == parallel_state.get_tensor_model_parallel_world_size()
+    saved = files.checkpoint_config(folder).parallel
+    sizes = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+    )
+    same_layout = same_ranks and sizes == (
+        saved.tensor_model_parallel_size,
+        saved.pipeline_model_parallel_size,
+        saved.num_virtual_stages_per_pipeline_rank,
+    )
     if load_rng and same_layout:
         state[_RNG_KEY] = _rng_tensors(device)
     _check_readable(state, folder)

@@ -24,6 +24,7 @@ from megatron_sharedproj.data.datasets import build_iterator
 from megatron_sharedproj.data.padded import real_token_share
 from megatron_sharedproj.device import Device
 from megatron_sharedproj.layers.core_attention import document_lengths
+from megatron_sharedproj.model import ModelChunks
 from megatron_sharedproj.training.log import TrainingLog
 from megatron_sharedproj.training.signals import StopSignals
 
@@ -31,7 +32,7 @@ Hook = Callable[["Trainer"], None]
 
 
 def forward_step(
-    data_iterator: Iterator[dict[str, torch.Tensor]],
+    data_iterator: Iterator[dict[str, torch.Tensor]] | None,
     model: Any,
     *,
     device: torch.device,
@@ -39,9 +40,13 @@ def forward_step(
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
     """Megatron's forward step: per-token loss [b, s] and the function that reduces it.
 
+    On a pipeline stage before the last it is the hidden states [s, b, d], which the schedule sends on.
+
     Args:
         boundary: token after which attention starts anew (``--reset-attention-mask``); None: nowhere.
     """
+    if data_iterator is None:  # a middle pipeline stage needs none
+        return model(None, None, None), partial(_mean_loss, None)
     batch = next(data_iterator)
     tokens, labels, positions, mask = (
         batch[name].to(device, non_blocking=True)
@@ -53,11 +58,13 @@ def forward_step(
         documents = document_lengths(batch["tokens"], boundary)
         rows = (x.view(1, -1) for x in (tokens, positions, labels))
         tokens, positions, labels = rows
-        losses = model(tokens, positions, None, labels=labels, packed_seq_params=documents).view_as(mask)
+        losses = model(tokens, positions, None, labels=labels, packed_seq_params=documents)
+        if losses.shape == labels.shape:  # not the hidden states of an earlier pipeline stage
+            losses = losses.view_as(mask)
     return losses, partial(_mean_loss, mask)
 
 
-def _mean_loss(mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def _mean_loss(mask: Any, losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     loss = (losses.float() * mask).sum() / mask.sum().clamp(min=1)
     # A copy: Megatron's schedule divides the loss by the number of micro batches in place.
     return loss, {"lm loss": loss.detach().clone()}
@@ -68,7 +75,8 @@ class Trainer:
     """Everything a run holds, and the steps it takes.
 
     Attributes:
-        model: Megatron's DistributedDataParallel around the GPTModel.
+        chunks: Megatron's DistributedDataParallel around each GPTModel of this rank: one, or with the
+            interleaved pipeline schedule several.
         iteration: steps done; consumed_samples: sequences trained on (the data position).
         boundary: token that attention does not reach across; None: it does.
         origin: where the first weights came from, if they were not drawn here.
@@ -78,7 +86,7 @@ class Trainer:
     config: RunConfig
     device: Device
     torch_device: torch.device
-    model: Any
+    chunks: list[Any]
     optimizer: Any
     schedule: Any
     train_data: Any
@@ -94,20 +102,44 @@ class Trainer:
     last_grad_norm: float | None = None
     last_saved: int = -1
 
+    @property
+    def model(self) -> Any:
+        """The first chunk; without the interleaved schedule the only one."""
+        return self.chunks[0]
+
+    @property
+    def bare_model(self) -> Any:
+        """What checkpoints hold of this rank's part of the model: the GPTModel, or its chunks."""
+        if len(self.chunks) == 1:
+            return self.model.module
+        return ModelChunks(chunk.module for chunk in self.chunks)
+
     def _schedule_step(self, iterator: Any, micro_batches: int, forward_only: bool) -> float:
         train = self.config.train
+        # With document boundaries a micro batch is one row (forward_step).
+        rows, length = train.micro_batch_size, train.seq_length
+        if self.boundary is not None:
+            rows, length = 1, rows * length
         results = get_forward_backward_func()(
             forward_step_func=partial(forward_step, device=self.torch_device, boundary=self.boundary),
             data_iterator=iterator,
-            model=[self.model],
+            model=self.chunks,
             num_microbatches=micro_batches,
-            seq_length=train.seq_length,
-            micro_batch_size=train.micro_batch_size,
+            seq_length=length,
+            micro_batch_size=rows,
             forward_only=forward_only,
         )
-        loss = torch.stack([result["lm loss"] for result in results]).mean()
-        group = parallel_state.get_data_parallel_group()
-        torch.distributed.all_reduce(loss, group=group)
+        if results:
+            loss = torch.stack([result["lm loss"] for result in results]).mean()
+        else:  # only the last pipeline stage has a loss
+            loss = torch.zeros((), device=self.torch_device)
+        torch.distributed.all_reduce(loss, group=parallel_state.get_data_parallel_group())
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            torch.distributed.broadcast(
+                loss,
+                parallel_state.get_pipeline_model_parallel_last_rank(),
+                group=parallel_state.get_pipeline_model_parallel_group(),
+            )
         return loss.item() / parallel_state.get_data_parallel_world_size()
 
     def step(self, iterator: Any) -> None:
@@ -117,7 +149,8 @@ class Trainer:
             RuntimeError: if the loss or a gradient is not finite; weights are as they were before the step.
         """
         train = self.config.train
-        self.model.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         micro_batches = train.global_batch_size // (
             train.micro_batch_size * parallel_state.get_data_parallel_world_size()
@@ -159,7 +192,9 @@ class Trainer:
         if self.config.train.fp16:
             return True
         # One number per buffer: a sum is finite unless one of its terms is not (or they are past any use).
-        sums = [buffer.grad_data.sum(dtype=torch.float32) for buffer in self.model.buffers]
+        sums = [
+            buffer.grad_data.sum(dtype=torch.float32) for chunk in self.chunks for buffer in chunk.buffers
+        ]
         bad = (~torch.isfinite(torch.stack(sums))).any().float()
         torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
         return not bad.item()
@@ -182,7 +217,7 @@ class Trainer:
             return None
         # The generator's state is put back: a validation must not shift the dropout of later steps.
         rng = self.device.rng_state()
-        self.model.eval()
+        self._set_training(False)
         micro_batches = train.eval_iters * (
             train.global_batch_size
             // (train.micro_batch_size * parallel_state.get_data_parallel_world_size())
@@ -190,7 +225,7 @@ class Trainer:
         iterator = self._iterator(dataset, 0)
         with torch.no_grad():
             loss = self._schedule_step(iterator, micro_batches, forward_only=True)
-        self.model.train()
+        self._set_training(True)
         self.device.set_rng_state(rng)
         perplexity = math.exp(min(loss, 50.0))
         if self.config.data.data_protocol == "padded":
@@ -204,15 +239,30 @@ class Trainer:
         self.log.evaluation(name, self.iteration, results)
         return results
 
-    def _iterator(self, dataset: Any, consumed: int) -> Iterator[dict[str, torch.Tensor]]:
-        return build_iterator(
-            dataset,
-            self.config.train,
-            consumed=consumed,
-            rank=parallel_state.get_data_parallel_rank(),
-            ranks=parallel_state.get_data_parallel_world_size(),
-            num_workers=self.config.data.num_workers,
-        )
+    def _set_training(self, training: bool) -> None:
+        for chunk in self.chunks:
+            chunk.train(training)
+
+    def _iterator(self, dataset: Any, consumed: int) -> Any:
+        """The data of this rank, as Megatron's schedules take it: an iterator, or one for each chunk.
+
+        Every stage reads by itself what it needs: tokens where the embedding is, labels where the loss is.
+        """
+        iterators = [
+            build_iterator(
+                dataset,
+                self.config.train,
+                consumed=consumed,
+                rank=parallel_state.get_data_parallel_rank(),
+                ranks=parallel_state.get_data_parallel_world_size(),
+                num_workers=self.config.data.num_workers,
+            )
+            # Where documents start, every layer has to know.
+            if chunk.module.pre_process or chunk.module.post_process or self.boundary is not None
+            else None
+            for chunk in self.chunks
+        ]
+        return iterators if len(iterators) > 1 else iterators[0]
 
     def save(self) -> None:
         """Write a checkpoint of this iteration, unless there is one already."""
@@ -222,12 +272,13 @@ class Trainer:
         start = time.perf_counter()
         if self.config.parallel.overlap_param_gather:
             # The gather would run in the next forward pass; until then a rank has updated its shard only.
-            self.model.start_param_sync(force_sync=True)
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
         padded = self.config.data.data_protocol == "padded"
         folder = save_checkpoint(
             self.config,
             self.device,
-            model=self.model.module,
+            model=self.bare_model,
             optimizer=None if checkpoint.no_save_optim else self.optimizer,
             train_state={
                 "iteration": self.iteration,
@@ -254,7 +305,7 @@ class Trainer:
         iterator = self._iterator(self.train_data, self.consumed_samples)
         started = time.monotonic()
         stopped: int | None = None
-        self.model.train()
+        self._set_training(True)
         if train.manual_gc:
             gc.disable()
             gc.collect()

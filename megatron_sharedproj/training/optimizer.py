@@ -16,7 +16,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_sharedproj.config import ParallelConfig, TrainConfig
 
 
-def wrap_data_parallel(model: Any, parallel: ParallelConfig, train: TrainConfig) -> DistributedDataParallel:
+def wrap_data_parallel(
+    chunks: list[Any], parallel: ParallelConfig, train: TrainConfig
+) -> list[DistributedDataParallel]:
     """Megatron's DistributedDataParallel: gradients in contiguous fp32 buffers, averaged over replicas."""
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=(train.bf16 or train.fp16) and not parallel.grad_reduce_in_bf16,
@@ -25,12 +27,19 @@ def wrap_data_parallel(model: Any, parallel: ParallelConfig, train: TrainConfig)
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         average_in_collective=False,
     )
-    wrapped = DistributedDataParallel(model.config, ddp_config, model)
-    wrapped.broadcast_params()
+    # As in Megatron-LM: only the first chunk's buckets can overlap with anything.
+    wrapped = [
+        DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+    for chunk in wrapped:
+        chunk.broadcast_params()
     return wrapped
 
 
-def build_optimizer(model: DistributedDataParallel, parallel: ParallelConfig, train: TrainConfig) -> Any:
+def build_optimizer(
+    chunks: list[DistributedDataParallel], parallel: ParallelConfig, train: TrainConfig
+) -> Any:
     """AdamW (decoupled weight decay) with clipping, over Megatron's parameter groups."""
     config = OptimizerConfig(
         optimizer="adam",
@@ -53,7 +62,7 @@ def build_optimizer(model: DistributedDataParallel, parallel: ParallelConfig, tr
     if train.weight_decay_on_all:
         # Megatron's standard overrides exempt biases and norms, beside the decoupled learning rate.
         overrides = {key: value for key, value in overrides.items() if "wd_mult" not in value}
-    optimizer = get_megatron_optimizer(config, [model], config_overrides=overrides)
+    optimizer = get_megatron_optimizer(config, chunks, config_overrides=overrides)
     use_fused_update(optimizer)
     return optimizer
 

@@ -1,4 +1,4 @@
-"""One torchrun launch that trains every model under the named layouts and writes the losses as JSON.
+"""One torchrun launch that trains models under the named layouts and writes the losses as JSON.
 
     layouts_worker.py FOLDER LAYOUT [LAYOUT ...]
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +18,18 @@ import torch.distributed
 
 import tiny
 from megatron_sharedproj import distributed
+from megatron_sharedproj.arguments import build_parser, run_config
 from megatron_sharedproj.device import get_device
 from megatron_sharedproj.quiet import quiet_libraries
+
+get_device().install()
+from megatron.core.dist_checkpointing.mapping import ShardedTensor  # noqa: E402
 
 STEPS = 20
 SAVED_AT = 10
 
 BATCH = 4
 
-# name -> ranks, tensor-parallel size, further flags
-LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
-    "TP1": (1, 1, {}),
-    "TP2": (2, 2, {}),
-    "TP2+SP": (2, 2, {"sequence_parallel": True}),
-    "DP2": (2, 1, {}),
-    "DP2+overlap": (2, 1, {"overlap_grad_reduce": True, "micro_batch_size": 1}),
-    "TP2xDP2": (4, 2, {}),
-    "TP4": (4, 4, {}),
-    "gathered": (1, 1, {}),
-}
-RESUMED = ("TP2", "TP4")
-# Saved under TP2xDP2 and continued by one process.
-GATHERED = ("qk_eq_v", "Q-MQA")
 LLAMA = {
     "normalization": "RMSNorm",
     "swiglu": True,
@@ -46,6 +37,7 @@ LLAMA = {
     "disable_bias_linear": True,
     "untie_embeddings_and_output_weights": True,
 }
+LLAMA_GQA = {**LLAMA, "position_embedding_type": "rope", "qk_layernorm": True}
 # name -> variant, groups (0: as many as heads), further flags
 MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "qkv": ("qkv", 0, {}),
@@ -56,9 +48,73 @@ MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "MQA": ("qkv", 1, {}),
     "Q-GQA-2": ("qk_eq_v", 2, {}),
     "Q-MQA": ("qk_eq_v", 1, {}),
-    "llama GQA-2": ("qkv", 2, {**LLAMA, "position_embedding_type": "rope", "qk_layernorm": True}),
+    "llama GQA-2": ("qkv", 2, LLAMA_GQA),
     "llama K=V": ("qk_eq_v", 0, LLAMA),
 }
+# Four layers, enough for two stages of two chunks.
+DEEP = {
+    f"deep {name}": (variant, groups, {**flags, "num_layers": 4})
+    for name, (variant, groups, flags) in MODELS.items()
+    if name in ("qkv", "qk_eq_v", "Q-GQA-2", "Q-MQA", "llama GQA-2")
+}
+DROPOUT = {
+    "dropout": ("qk_eq_v", 0, {"num_layers": 4, "attention_dropout": 0.1, "hidden_dropout": 0.1}),
+}
+# Those that go on under yet another layout.
+CARRIED = ("qk_eq_v", "Q-MQA", "deep qk_eq_v", "deep Q-MQA")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Ranks, flags and models; ``loads`` names layouts whose checkpoints go on under this one.
+
+    ``carried`` limits those, and ``trains`` is False where nothing else is run.
+    """
+
+    ranks: int
+    flags: dict[str, Any] = field(default_factory=dict)
+    models: dict[str, tuple[str, int, dict[str, Any]]] = field(default_factory=lambda: MODELS)
+    saves: bool = False
+    loads: tuple[str, ...] = ()
+    carried: tuple[str, ...] = tuple({**MODELS, **DEEP, **DROPOUT})
+    trains: bool = True
+
+
+TP2, TP4 = {"tensor_model_parallel_size": 2}, {"tensor_model_parallel_size": 4}
+PP2, PP4 = {"pipeline_model_parallel_size": 2}, {"pipeline_model_parallel_size": 4}
+SP = {"sequence_parallel": True}
+CHUNKS2 = {"num_virtual_stages_per_pipeline_rank": 2}
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2}
+# Micro batches of one sequence: a pipeline has several in flight.
+ONES = {"micro_batch_size": 1}
+
+LAYOUTS: dict[str, Layout] = {
+    "TP1": Layout(1, saves=True),
+    "TP2": Layout(2, TP2, loads=("TP1",)),
+    "TP2+SP": Layout(2, {**TP2, **SP}),
+    "DP2": Layout(2),
+    "DP2+overlap": Layout(2, {"overlap_grad_reduce": True, **ONES}),
+    "TP2xDP2": Layout(4, TP2, saves=True),
+    "TP4": Layout(4, TP4, loads=("TP1",)),
+    "gathered": Layout(1, loads=("TP2xDP2",), carried=CARRIED, trains=False),
+    # Pipelines
+    "one": Layout(1, models=DEEP, saves=True),
+    "PP2": Layout(2, {**PP2, **ONES}, DEEP, loads=("one",), carried=CARRIED),
+    "PP2 interleaved": Layout(2, {**PP2, **CHUNKS2, **ONES}, DEEP, saves=True),
+    "TP2xPP2": Layout(
+        4, {**TP2, **PP2, **ONES}, {**DEEP, **DROPOUT}, saves=True, loads=("PP2 interleaved", "TP2xPP2"),
+        carried=(*CARRIED, "dropout"),
+    ),
+    "PP2xDP2": Layout(4, {**PP2, **ONES, "overlap_grad_reduce": True}, DEEP),
+    "PP2 interleaved xDP2": Layout(
+        4, {**PP2, **CHUNKS2, **ONES, **FULL, "recompute_num_layers": 1, "overlap_grad_reduce": True}, DEEP
+    ),
+    "TP2xPP2+SP": Layout(4, {**TP2, **PP2, **SP, **FULL, **ONES}, DEEP),
+    "TP2xPP2 interleaved": Layout(4, {**TP2, **PP2, **CHUNKS2, **SP, **ONES}, DEEP, loads=("one",)),
+    "PP4": Layout(4, {**PP4, **ONES}, DEEP, loads=("one", "TP2xPP2"), carried=CARRIED),
+    "deep TP2": Layout(2, TP2, DEEP, loads=("TP2xPP2",), carried=CARRIED, trains=False),
+    "deep gathered": Layout(1, {}, DEEP, loads=("TP2xPP2",), carried=CARRIED, trains=False),
+}  # fmt: skip
 
 
 def run(line: list[str]) -> list[list[float]]:
@@ -66,7 +122,6 @@ def run(line: list[str]) -> list[list[float]]:
     trainer = tiny.trainer(line)
     trainer.log.enabled = False
     iterator = trainer._iterator(trainer.train_data, trainer.consumed_samples)
-    trainer.model.train()
     history = []
     while trainer.iteration < STEPS:
         trainer.step(iterator)
@@ -74,6 +129,16 @@ def run(line: list[str]) -> list[list[float]]:
         if trainer.iteration == SAVED_AT and trainer.config.checkpoint.save:
             trainer.save()
     return history
+
+
+def initial_weights(line: list[str]) -> dict[str, float]:
+    """The sum of every tensor of a fresh model, by its place in the whole model."""
+    state = tiny.trainer(line).bare_model.sharded_state_dict()
+    tensors = [entry for entry in state.values() if isinstance(entry, ShardedTensor)]
+    mine = {f"{t.key} {t.global_offset}": t.data.double().sum().item() for t in tensors}
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, mine)
+    return {name: value for part in parts for name, value in part.items()}
 
 
 def draw_streams() -> list[list[float]]:
@@ -89,48 +154,45 @@ def draw_streams() -> list[list[float]]:
     return [row.tolist() for row in rows]
 
 
+def flags_of(folder: Path, layout: Layout, model: str) -> list[str]:
+    variant, groups, shape = layout.models[model]
+    sizes = [layout.flags.get(f"{name}_model_parallel_size", 1) for name in ("tensor", "pipeline")]
+    replicas = layout.ranks // (sizes[0] * sizes[1])
+    values = {"micro_batch_size": BATCH // replicas, "global_batch_size": BATCH, **shape, **layout.flags}
+    return tiny.flags(folder / "tiny_text_document", variant, groups, train_iters=STEPS, **values)
+
+
 def main() -> None:
     quiet_libraries()
     folder, chosen = Path(sys.argv[1]), sys.argv[2:]
     rank, started = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    get_device().install()
-    results: dict[str, dict[str, list[list[float]]]] = {}
-    for index, layout in enumerate(chosen):
-        ranks, tp, further = LAYOUTS[layout]
-        assert ranks <= started
-        if rank >= ranks:
+    results: dict[str, dict[str, Any]] = {}
+    for index, name in enumerate(chosen):
+        layout = LAYOUTS[name]
+        assert layout.ranks <= started
+        if rank >= layout.ranks:
             continue
-        os.environ["WORLD_SIZE"] = str(ranks)
+        os.environ["WORLD_SIZE"] = str(layout.ranks)
         torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{folder}/store{index}", rank=rank, world_size=ranks
+            "gloo", init_method=f"file://{folder}/store{index}", rank=rank, world_size=layout.ranks
         )
-        distributed.initialize(get_device(), tensor_model_parallel_size=tp)
-        results[layout] = {"streams": draw_streams()}
-        for model, (variant, groups, shape) in MODELS.items():
-            if layout == "gathered" and model not in GATHERED:
-                continue
-            line = tiny.flags(
-                folder / "tiny_text_document",
-                variant,
-                groups,
-                train_iters=STEPS,
-                **{
-                    "micro_batch_size": BATCH * tp // ranks,
-                    "global_batch_size": BATCH,
-                    "tensor_model_parallel_size": tp,
-                    **shape,
-                    **further,
-                },
-            )
-            saved, split = folder / "checkpoints" / model, folder / "split" / model
-            if layout == "gathered":
-                results[layout][model] = run([*line, "--load", str(split)])
-                continue
-            target = {"TP1": saved, "TP2xDP2": split}.get(layout)
-            results[layout][model] = run([*line, "--save", str(target)] if target else line)
-            if layout in RESUMED:
-                # The single process's checkpoint, continued here.
-                results[layout][f"{model} resumed"] = run([*line, "--load", str(saved)])
+        line = flags_of(folder, layout, next(iter(layout.models)))
+        config = run_config(build_parser().parse_args(line), tiny.VOCAB, layout.ranks)
+        distributed.initialize(get_device(), **distributed.group_sizes(config.parallel))
+        results[name] = {"streams": draw_streams()}
+        if "deep llama GQA-2" in layout.models:
+            results[name]["weights"] = initial_weights(flags_of(folder, layout, "deep llama GQA-2"))
+        for model in layout.models:
+            line = flags_of(folder, layout, model)
+            target = ["--save", str(folder / name / model)] if layout.saves else []
+            if layout.trains:
+                results[name][model] = run([*line, *target])
+            if model in layout.carried:
+                for source in layout.loads:
+                    if (folder / source / model).exists():
+                        results[name][f"{model} from {source}"] = run(
+                            [*line, "--load", str(folder / source / model)]
+                        )
         distributed.finalize()
     if rank == 0:
         (folder / "losses.json").write_text(json.dumps(results))

@@ -1,0 +1,131 @@
+"""How the layers of a model lie on pipeline stages, what is recomputed, and which layouts are refused."""
+
+from __future__ import annotations
+
+from megatron_sharedproj.config import ModelConfig, ParallelConfig, RunConfig
+
+GRANULARITIES = ("selective", "full")
+METHODS = ("uniform", "block")
+
+
+def _divisors(n: int) -> list[int]:
+    return [i for i in range(1, n + 1) if n % i == 0]
+
+
+def layers_per_stage(model: ModelConfig, parallel: ParallelConfig) -> int:
+    """Layers of each pipeline stage.
+
+    Raises:
+        ValueError: if the layers do not divide over the stages.
+    """
+    stages = parallel.pipeline_model_parallel_size
+    if stages < 1 or model.num_layers % stages:
+        raise ValueError(
+            f"--pipeline-model-parallel-size {stages}: must divide --num-layers {model.num_layers}; use one "
+            f"of {_divisors(model.num_layers)}"
+        )
+    return model.num_layers // stages
+
+
+def resolve_layout(
+    config: RunConfig, layers_per_virtual_stage: int | None, recompute_activations: bool
+) -> None:
+    """Turn Megatron-LM's two spellings of a layout into one, in place.
+
+    Args:
+        layers_per_virtual_stage: ``--num-layers-per-virtual-pipeline-stage``.
+        recompute_activations: ``--recompute-activations``.
+    Raises:
+        ValueError: where they contradict the other flags.
+    """
+    parallel = config.parallel
+    if recompute_activations:
+        if parallel.recompute_granularity not in ("", "selective"):
+            raise ValueError(
+                "--recompute-activations: means --recompute-granularity selective, and "
+                f"{parallel.recompute_granularity} is given too; give one"
+            )
+        parallel.recompute_granularity = "selective"
+    if parallel.recompute_granularity == "full":
+        parallel.recompute_method = parallel.recompute_method or "uniform"
+        parallel.recompute_num_layers = parallel.recompute_num_layers or 1
+    if layers_per_virtual_stage is None:
+        return
+    flag = f"--num-layers-per-virtual-pipeline-stage {layers_per_virtual_stage}"
+    if parallel.num_virtual_stages_per_pipeline_rank != 1:
+        raise ValueError(f"{flag}: --num-virtual-stages-per-pipeline-rank is given too; give one")
+    layers = layers_per_stage(config.model, parallel)
+    if layers_per_virtual_stage < 1 or layers % layers_per_virtual_stage:
+        raise ValueError(
+            f"{flag}: must divide the {layers} layers of a pipeline stage; use one of {_divisors(layers)}"
+        )
+    parallel.num_virtual_stages_per_pipeline_rank = layers // layers_per_virtual_stage
+
+
+def describe_layout(parallel: ParallelConfig) -> str:
+    """The layout in words, for the log."""
+    chunks = parallel.num_virtual_stages_per_pipeline_rank
+    parts = [
+        f"tensor parallel {parallel.tensor_model_parallel_size}"
+        + (" with sequence parallel" if parallel.sequence_parallel else "")
+    ]
+    if parallel.pipeline_model_parallel_size > 1:
+        schedule = f"interleaved, {chunks} chunks each" if chunks > 1 else "1F1B"
+        parts.append(f"pipeline parallel {parallel.pipeline_model_parallel_size} ({schedule})")
+    return ", ".join(parts)
+
+
+def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Check pipeline, context parallelism and recompute.
+
+    Raises:
+        ValueError: naming the flag, the value and what would work.
+    """
+    layers, stages = layers_per_stage(model, parallel), parallel.pipeline_model_parallel_size
+    chunks = parallel.num_virtual_stages_per_pipeline_rank
+    flag = f"--num-virtual-stages-per-pipeline-rank {chunks}"
+    if chunks < 1 or layers % chunks:
+        raise ValueError(
+            f"{flag}: must divide the {layers} layers of a pipeline stage; use one of {_divisors(layers)}"
+        )
+    if chunks > 1 and stages == 1:
+        raise ValueError(f"{flag}: needs --pipeline-model-parallel-size of at least 2")
+    if parallel.context_parallel_size != 1:
+        raise ValueError(
+            f"--context-parallel-size {parallel.context_parallel_size}: not supported yet; use 1, and "
+            "--tensor-model-parallel-size with --sequence-parallel to divide long sequences"
+        )
+    _check_recompute(layers // chunks, parallel)
+
+
+def _check_recompute(layers: int, parallel: ParallelConfig) -> None:
+    granularity, method = parallel.recompute_granularity, parallel.recompute_method
+    count = parallel.recompute_num_layers
+    if granularity not in ("", *GRANULARITIES):
+        raise ValueError(f"--recompute-granularity {granularity}: choose {' or '.join(GRANULARITIES)}")
+    if granularity != "full":
+        for name, value in (("method", method), ("num-layers", count)):
+            if value:
+                raise ValueError(f"--recompute-{name} {value}: needs --recompute-granularity full")
+        return
+    if method not in METHODS:
+        raise ValueError(f"--recompute-method {method}: choose {' or '.join(METHODS)}")
+    if not 1 <= count <= layers:
+        raise ValueError(
+            f"--recompute-num-layers {count}: must be from 1 to the {layers} layers of a model chunk"
+        )
+
+
+def check_micro_batches(parallel: ParallelConfig, micro_batches: int) -> None:
+    """Check that the interleaved schedule can run so many micro batches per step.
+
+    Raises:
+        ValueError: naming the flag, the value and what would work.
+    """
+    chunks, stages = parallel.num_virtual_stages_per_pipeline_rank, parallel.pipeline_model_parallel_size
+    if chunks > 1 and micro_batches % stages:
+        raise ValueError(
+            f"--num-virtual-stages-per-pipeline-rank {chunks}: the interleaved schedule needs a multiple of "
+            f"--pipeline-model-parallel-size {stages} micro batches per step, not {micro_batches}; change "
+            "--global-batch-size or --micro-batch-size, or use 1"
+        )
