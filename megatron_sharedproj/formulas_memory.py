@@ -44,6 +44,10 @@ class _Step:
     stages: int
     stage: int
 
+    @property
+    def chunks(self) -> int:
+        return self.parallel.num_virtual_stages_per_pipeline_rank
+
     def __post_init__(self) -> None:
         sizes = {"seq-length": self.seq_length, "micro-batch-size": self.micro_batch_size}
         for flag, value in sizes.items():
@@ -145,11 +149,21 @@ class _Step:
         return self.residual(2 * self.norm + 2 * self.mask) + self.attention + self.mlp
 
     @property
+    def unit(self) -> int:
+        """Layers that full recompute runs again at once."""
+        return (self.parallel.recompute_num_layers or 1) if self.parallel.recompute_method != "block" else 1
+
+    @property
     def kept(self) -> int:
-        """Bytes of a layer's activations between its forward and its backward."""
-        if self.recompute == "full":
-            return self.residual(self.config.hidden_size * self.width)
-        return self.layer
+        """Bytes of a model chunk's activations between its forward and its backward."""
+        layers = self.layers // self.chunks
+        if self.recompute != "full":
+            return layers * self.layer
+        inputs = self.residual(self.config.hidden_size * self.width)
+        if self.parallel.recompute_method == "block":
+            again = self.parallel.recompute_num_layers
+            return again * inputs + (layers - again) * self.layer
+        return -(-layers // self.unit) * inputs
 
     @property
     def ends(self) -> int:
@@ -173,7 +187,7 @@ class _Step:
         # Autograd holds the head's gradient until the embedding's, of the same weight, is there.
         held = table if tied else 0
         mlp = (self.tokens + c.hidden_size) * c.ffn_hidden_size * self.width // self.ranks
-        again = self.layer if self.recompute == "full" else 0
+        again = self.unit * self.layer if self.recompute == "full" else 0
         return max(
             saved + probabilities + (logits if self.low_precision else 0),
             saved + logits + table if self.last else 0,
@@ -181,6 +195,27 @@ class _Step:
             held + table if self.first else 0,
             master_copy,
         )
+
+
+def in_flight(stages: int, stage: int, chunks: int, micro_batches: int | None) -> tuple[int, int]:
+    """Most forward passes of a stage's chunks that wait for their backward, and how many of its first chunk.
+
+    1F1B holds those of stages - stage micro batches. The interleaved schedule first runs
+    2 (stages - stage - 1) of a chunk beside (chunks - 1) rounds of ``stages`` micro batches, then one more
+    before each backward (megatron.core.pipeline_parallel.schedules.get_pp_rank_microbatches).
+    """
+    if chunks == 1:
+        count = stages - stage
+        count = count if micro_batches is None else min(count, micro_batches)
+        return count, count
+    rounds = 4 if micro_batches is None else -(-micro_batches // stages)
+    chunk_of = [chunk for _ in range(rounds) for chunk in range(chunks) for _ in range(stages)]
+    count = min((chunks - 1) * stages + 2 * (stages - stage - 1) + 1, len(chunk_of))
+    first = most = chunk_of[:count].count(0)
+    for backward, forward in zip(chunk_of, chunk_of[count:], strict=False):
+        first += (forward == 0) - (backward == chunks - 1)  # backward takes the chunks in reverse
+        most = max(most, first)
+    return count, most
 
 
 def check_stages(config: ModelConfig, stages: int) -> None:
@@ -238,8 +273,8 @@ def training_memory_bytes(
     data_parallel_size: int = 1,
     low_precision: bool = False,
     fused: bool = True,
-    recompute: str = "none",
-    pipeline_parallel_size: int = 1,
+    recompute: str | None = None,
+    pipeline_parallel_size: int | None = None,
     pipeline_stage: int = 0,
     micro_batches: int | None = None,
 ) -> dict[str, int]:
@@ -257,30 +292,34 @@ def training_memory_bytes(
         data_parallel_size: ranks over which the distributed optimizer shards its state.
         low_precision: bf16 or fp16 parameters.
         fused: a GPU's kernels; False: what PyTorch's CPU operations keep.
-        recompute: none, selective (Megatron's core_attn) or full (uniform, one layer at a time).
-        pipeline_parallel_size, pipeline_stage: p, and the stage that this rank is. Under the 1F1B schedule
-            stage i holds the activations of p - i micro batches.
+        recompute: none, selective (Megatron's core_attn) or full; None: as ``parallel`` says, which also has
+            the method (uniform, one layer at a time, if it is silent).
+        pipeline_parallel_size, pipeline_stage: p (None: parallel's), and the stage that this rank is. Under
+            the 1F1B schedule stage i holds the activations of p - i micro batches; see :func:`in_flight`.
         micro_batches: in a step, which bounds those; None: enough of them.
     Raises:
         ValueError: for sizes below 1, an unknown recompute, or layers that do not divide over the stages.
     """
+    if recompute is None:
+        recompute = parallel.recompute_granularity or "none"
+    stages = pipeline_parallel_size or parallel.pipeline_model_parallel_size
     step = _Step(
-        config, parallel, seq_length, micro_batch_size, low_precision, fused, recompute,
-        pipeline_parallel_size, pipeline_stage,
+        config, parallel, seq_length, micro_batch_size, low_precision, fused, recompute, stages,
+        pipeline_stage,
     )  # fmt: skip
     if data_parallel_size < 1:
         raise ValueError(f"--data-parallel-size {data_parallel_size}: must be at least 1")
     count = parameters_per_rank(
         config,
         parallel.tensor_model_parallel_size,
-        pipeline_parallel_size=pipeline_parallel_size,
+        pipeline_parallel_size=stages,
         pipeline_stage=pipeline_stage,
     )
     own = -(-count // (data_parallel_size if parallel.use_distributed_optimizer else 1))
-    in_flight = pipeline_parallel_size - pipeline_stage
-    in_flight = in_flight if micro_batches is None else min(in_flight, micro_batches)
+    passes, first = in_flight(stages, pipeline_stage, step.chunks, micro_batches)
     reduced_in_bf16 = low_precision and parallel.grad_reduce_in_bf16
-    activations = in_flight * (step.layers * step.kept + step.ends)
+    # The loss's chunk runs backward at once, the embedding's waits longest.
+    activations = passes * step.kept + (first if step.first else 1) * step.ends
     peak = step.peak(activations, 4 * own if reduced_in_bf16 else 0)
     counts = {
         "weights": count * step.width,
@@ -303,7 +342,7 @@ def communication_bytes(
     micro_batches: int = 1,
     data_parallel_size: int = 1,
     low_precision: bool = False,
-    pipeline_parallel_size: int = 1,
+    pipeline_parallel_size: int | None = None,
     pipeline_stage: int = 0,
 ) -> dict[str, int]:
     """Bytes that one rank sends in one optimizer step, by purpose, and their ``total``.
@@ -322,17 +361,16 @@ def communication_bytes(
     Raises:
         ValueError: as :func:`training_memory_bytes`.
     """
+    stages = pipeline_parallel_size or parallel.pipeline_model_parallel_size
     step = _Step(
-        config, parallel, seq_length, micro_batch_size, low_precision, True, "none", pipeline_parallel_size,
-        pipeline_stage,
-    )  # fmt: skip
-    ranks, replicas, width = step.ranks, data_parallel_size, step.width
-    count = parameters_per_rank(
-        config, ranks, pipeline_parallel_size=pipeline_parallel_size, pipeline_stage=pipeline_stage
+        config, parallel, seq_length, micro_batch_size, low_precision, True, "none", stages, pipeline_stage
     )
+    ranks, replicas, width = step.ranks, data_parallel_size, step.width
+    count = parameters_per_rank(config, ranks, pipeline_parallel_size=stages, pipeline_stage=pipeline_stage)
     gradient = 2 if low_precision and parallel.grad_reduce_in_bf16 else 4
     sharded = parallel.use_distributed_optimizer
-    neighbours = (not step.first) + (not step.last)
+    # A chunk's activations go to the next stage, and from the last to the first; their gradients back.
+    neighbours = 2 * step.chunks - step.first - step.last if step.stages > 1 else 0
     stream = step.tokens * config.hidden_size * width
     hop = stream // (ranks if parallel.sequence_parallel else 1)
     tied = not config.untie_embeddings_and_output_weights and step.stages > 1 and (step.first or step.last)

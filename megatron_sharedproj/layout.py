@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_sharedproj.config import ModelConfig, ParallelConfig, RunConfig
+from megatron_sharedproj.formulas_memory import check_stages, training_memory_bytes
 
 GRANULARITIES = ("selective", "full")
 METHODS = ("uniform", "block")
@@ -18,13 +19,8 @@ def layers_per_stage(model: ModelConfig, parallel: ParallelConfig) -> int:
     Raises:
         ValueError: if the layers do not divide over the stages.
     """
-    stages = parallel.pipeline_model_parallel_size
-    if stages < 1 or model.num_layers % stages:
-        raise ValueError(
-            f"--pipeline-model-parallel-size {stages}: must divide --num-layers {model.num_layers}; use one "
-            f"of {_divisors(model.num_layers)}"
-        )
-    return model.num_layers // stages
+    check_stages(model, parallel.pipeline_model_parallel_size)
+    return model.num_layers // parallel.pipeline_model_parallel_size
 
 
 def resolve_layout(
@@ -75,6 +71,28 @@ def describe_layout(parallel: ParallelConfig) -> str:
     return ", ".join(parts)
 
 
+def recompute_note(config: RunConfig, *, fused: bool) -> str:
+    """What recompute saves of a rank's activations, counted, in words; empty without recompute."""
+    parallel, train = config.parallel, config.train
+    if not parallel.recompute_granularity:
+        return ""
+    kept, all_of_it = (
+        training_memory_bytes(
+            config.model, parallel, seq_length=train.seq_length, micro_batch_size=train.micro_batch_size,
+            low_precision=train.bf16 or train.fp16, fused=fused, recompute=recompute,
+        )["activations"]
+        for recompute in (parallel.recompute_granularity, "none")
+    )  # fmt: skip
+    saved = (all_of_it - kept) / all_of_it
+    note = f"recompute {parallel.recompute_granularity}: keeps {100 * saved:.1f}% less of the activations"
+    if parallel.recompute_granularity == "selective" and saved < 0.02:
+        note += (
+            "; attention keeps a log-sum-exp and no scores: there is next to nothing to compute again "
+            "(drop the flag, or use --recompute-granularity full)"
+        )
+    return note
+
+
 def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
     """Check pipeline, context parallelism and recompute.
 
@@ -113,6 +131,11 @@ def _check_recompute(layers: int, parallel: ParallelConfig) -> None:
     if not 1 <= count <= layers:
         raise ValueError(
             f"--recompute-num-layers {count}: must be from 1 to the {layers} layers of a model chunk"
+        )
+    if method == "uniform" and layers % count:  # Megatron-Core reaches past the last layer then
+        raise ValueError(
+            f"--recompute-num-layers {count}: with --recompute-method uniform must divide the {layers} "
+            f"layers of a model chunk; use one of {_divisors(layers)}, or block"
         )
 
 

@@ -18,7 +18,7 @@ from megatron_sharedproj.data.datasets import build_datasets, check_document_end
 from megatron_sharedproj.data.padded import real_token_share
 from megatron_sharedproj.data.tokenizers import build_tokenizer
 from megatron_sharedproj.device import Device, get_device
-from megatron_sharedproj.layout import describe_layout
+from megatron_sharedproj.layout import describe_layout, recompute_note
 from megatron_sharedproj.ops import paths
 from megatron_sharedproj.quiet import quiet_libraries
 from megatron_sharedproj.validation import check_device, check_folders
@@ -156,6 +156,9 @@ def build_trainer(
     )
     if products := device.products():
         log.message(products)
+    note = recompute_note(config, fused=device.has_fused_kernels)
+    if note:
+        log.message(note)
     built = build_chunks(
         config.model,
         config.parallel,

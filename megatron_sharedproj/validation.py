@@ -208,20 +208,27 @@ def check_device(config: RunConfig, device: Device, data_parallel_size: int) -> 
         for flag, given in wanted.items():
             if given:
                 raise ValueError(f"{flag}: needs a GPU, and none is visible here; drop it to use the CPU")
-    need = training_memory_bytes(
-        config.model,
-        config.parallel,
-        seq_length=train.seq_length,
-        micro_batch_size=train.micro_batch_size,
-        data_parallel_size=data_parallel_size,
-        low_precision=train.bf16 or train.fp16,
-        fused=device.has_fused_kernels,
-    )["total"]
+    stages = (
+        training_memory_bytes(
+            config.model,
+            config.parallel,
+            seq_length=train.seq_length,
+            micro_batch_size=train.micro_batch_size,
+            data_parallel_size=data_parallel_size,
+            low_precision=train.bf16 or train.fp16,
+            fused=device.has_fused_kernels,
+            pipeline_stage=stage,
+            micro_batches=train.global_batch_size // (train.micro_batch_size * data_parallel_size),
+        )["total"]
+        for stage in range(config.parallel.pipeline_model_parallel_size)
+    )
+    need = max(stages)
     have = device.total_memory_bytes()
     line = f"memory per process: about {need / 2**30:.2f} GiB needed, {have / 2**30:.2f} GiB there"
     if need > have:
         raise ValueError(
             f"--micro-batch-size {train.micro_batch_size}: {line}; lower it, or --seq-length, "
-            "--num-layers or --hidden-size, or raise --tensor-model-parallel-size"
+            "--num-layers or --hidden-size, or raise --tensor-model-parallel-size or "
+            "--pipeline-model-parallel-size, or add --recompute-granularity full"
         )
     return line

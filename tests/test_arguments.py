@@ -337,9 +337,14 @@ REFUSALS = [
         [f"{RECOMPUTE}method all", "choose uniform or block"],
     ),
     (
-        f"{DEEP} {CHUNKS} 2 {RECOMPUTE}granularity full {RECOMPUTE}num-layers 3",
+        f"{DEEP} {CHUNKS} 2 {RECOMPUTE}granularity full {RECOMPUTE}num-layers 3 --global-batch-size 8",
         2,
         [f"{RECOMPUTE}num-layers 3", "from 1 to the 2 layers of a model chunk"],
+    ),
+    (
+        f"{DEEP} {RECOMPUTE}granularity full {RECOMPUTE}num-layers 3",
+        2,
+        [f"{RECOMPUTE}num-layers 3", "must divide the 4 layers of a model chunk", "[1, 2, 4], or block"],
     ),
     # validation.check_train
     ("--seq-length -1", 1, ["--seq-length -1", "must be given and positive"]),

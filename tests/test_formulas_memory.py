@@ -18,6 +18,7 @@ from megatron_sharedproj import formulas
 from megatron_sharedproj.config import PRESETS, ModelConfig, ParallelConfig, RunConfig, from_dict
 from megatron_sharedproj.formulas_memory import (
     communication_bytes,
+    in_flight,
     parameters_per_rank,
     training_memory_bytes,
 )
@@ -48,7 +49,17 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
         "recompute_method": "uniform",
         "recompute_num_layers": 1,
     },
-    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full, two layers a unit": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 2,
+    },
+    "full, one layer of all": {
+        "recompute_granularity": "full",
+        "recompute_method": "block",
+        "recompute_num_layers": 1,
+    },
+    "selective": {"recompute_granularity": "selective"},
 }
 SEQ, MICRO_BATCH = 64, 2
 
@@ -72,11 +83,12 @@ def small(**changes: Any) -> ModelConfig:
 def check_saved(config: ModelConfig, recompute: str = "none", dtype: torch.dtype = torch.float32) -> None:
     from megatron_sharedproj.model import build_model
 
-    model = build_model(config, dtype=dtype, **RECOMPUTE.get(recompute, {}))
+    parallel = ParallelConfig(**RECOMPUTE.get(recompute, {}))
+    model = build_model(config, parallel, dtype=dtype)
     found = model_saved_bytes(model, MICRO_BATCH, SEQ)
     counts = training_memory_bytes(
-        config, ParallelConfig(), seq_length=SEQ, micro_batch_size=MICRO_BATCH, fused=False,
-        recompute=recompute, low_precision=dtype != torch.float32,
+        config, parallel, seq_length=SEQ, micro_batch_size=MICRO_BATCH, fused=False,
+        low_precision=dtype != torch.float32,
     )  # fmt: skip
     assert counts["activations"] + counts["logits"] == pytest.approx(found, rel=TOLERANCE)
 
@@ -202,6 +214,17 @@ def test_recompute_keeps_less(recompute: str) -> None:
     assert memory(recompute=recompute)["total"] < memory()["total"]
 
 
+@pytest.mark.parametrize(
+    "stage, expected",
+    # By hand, 4 stages of 2 chunks: 2 per later stage and a round of 4, then one before the first backward.
+    [(0, (11, 8)), (1, (9, 8)), (2, (7, 7)), (3, (5, 5))],
+)
+def test_interleaved_stages_wait_with_more(stage: int, expected: tuple[int, int]) -> None:
+    assert in_flight(4, stage, 2, None) == in_flight(4, stage, 2, 8) == expected
+    assert in_flight(4, stage, 2, 4) == (min(expected[0], 8), min(expected[1], 4))
+    assert in_flight(4, stage, 1, None) == (4 - stage, 4 - stage)
+
+
 def test_pipeline_stages() -> None:
     """Stages together hold the model, and a tied embedding twice; the first holds the most micro batches."""
     config = PRESETS["300m"]
@@ -266,6 +289,9 @@ def test_pipeline_sends_to_neighbours() -> None:
         for stage in range(4)
     ]
     assert found == [8 * hop + table, 16 * hop, 16 * hop, 8 * hop + table]
+    interleaved = ParallelConfig(pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=5)
+    found = [sent(interleaved, pipeline_stage=stage, micro_batches=8)["pipeline"] for stage in (0, 1)]
+    assert found == [8 * 9 * hop + table] * 2  # five chunks there and back, but for the loss and the tokens
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from megatron_sharedproj import formulas
 from megatron_sharedproj.config import ModelConfig, ParallelConfig
-from megatron_sharedproj.formulas_memory import check_stages, parameters_per_rank, training_memory_bytes
+from megatron_sharedproj.formulas_memory import parameters_per_rank, training_memory_bytes
+from megatron_sharedproj.layout import check_layout
 
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _MOST_MICRO_BATCH = 1 << 20
@@ -30,11 +31,23 @@ class Layout:
     distributed_optimizer: bool = False
     dtype: str = "bf16"
     recompute: str = "none"
+    chunks: int = 1  # num_virtual_stages_per_pipeline_rank
+    recompute_method: str = ""
+    recompute_num_layers: int = 0
+
+    @property
+    def ranks(self) -> int:
+        return self.tensor * self.pipeline * self.data
 
     @property
     def parallel(self) -> ParallelConfig:
         return ParallelConfig(
             tensor_model_parallel_size=self.tensor,
+            pipeline_model_parallel_size=self.pipeline,
+            num_virtual_stages_per_pipeline_rank=self.chunks,
+            recompute_granularity="" if self.recompute == "none" else self.recompute,
+            recompute_method=self.recompute_method,
+            recompute_num_layers=self.recompute_num_layers,
             sequence_parallel=self.sequence_parallel,
             use_distributed_optimizer=self.distributed_optimizer,
         )
@@ -58,7 +71,7 @@ class Layout:
             )
         if self.distributed_optimizer and self.dtype == "fp32":
             raise ValueError("--use-distributed-optimizer: needs --dtype bf16 or fp16")
-        check_stages(config, self.pipeline)
+        check_layout(config, self.parallel)
 
     def training_bytes(self, config: ModelConfig, seq_length: int, micro_batch: int) -> dict[str, int]:
         """training_memory_bytes of the pipeline stage that needs most."""
@@ -70,8 +83,6 @@ class Layout:
                 micro_batch_size=micro_batch,
                 data_parallel_size=self.data,
                 low_precision=DTYPE_BYTES[self.dtype] == 2,
-                recompute=self.recompute,
-                pipeline_parallel_size=self.pipeline,
                 pipeline_stage=stage,
             )
             for stage in range(self.pipeline)

@@ -117,10 +117,31 @@ LAYOUTS: dict[str, Layout] = {
 }  # fmt: skip
 
 
-def run(line: list[str]) -> list[list[float]]:
-    """Loss and gradient norm of every step that is left to do."""
+def watch(trainer: Any) -> list[int]:
+    """Most forward passes of this rank that wait for their backward, and of those of its first chunk."""
+    waiting, most = [0, 0], [0, 0]
+
+    def count(change: int, first: bool) -> None:
+        for place in range(1 + first):
+            waiting[place] += change
+            most[place] = max(most[place], waiting[place])
+
+    def after(first: bool, output: Any) -> None:
+        count(1, first)
+        output.register_hook(lambda gradient: count(-1, first))
+
+    for index, chunk in enumerate(trainer.chunks):
+        chunk.module.decoder.register_forward_hook(
+            lambda module, inputs, output, first=index == 0: after(first, output)
+        )
+    return most
+
+
+def run(line: list[str], waiting: list[list[int]] | None = None) -> list[list[float]]:
+    """Loss and gradient norm of every step that is left to do; ``waiting``: what :func:`watch` finds."""
     trainer = tiny.trainer(line)
     trainer.log.enabled = False
+    most = watch(trainer) if waiting is not None else []
     iterator = trainer._iterator(trainer.train_data, trainer.consumed_samples)
     history = []
     while trainer.iteration < STEPS:
@@ -128,6 +149,9 @@ def run(line: list[str]) -> list[list[float]]:
         history.append([trainer.last_loss, trainer.last_grad_norm])
         if trainer.iteration == SAVED_AT and trainer.config.checkpoint.save:
             trainer.save()
+    if waiting is not None:
+        waiting += [[]] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(waiting, most)
     return history
 
 
@@ -180,12 +204,17 @@ def main() -> None:
         config = run_config(build_parser().parse_args(line), tiny.VOCAB, layout.ranks)
         distributed.initialize(get_device(), **distributed.group_sizes(config.parallel))
         results[name] = {"streams": draw_streams()}
-        if "deep llama GQA-2" in layout.models:
-            results[name]["weights"] = initial_weights(flags_of(folder, layout, "deep llama GQA-2"))
+        if layout.models is DEEP:
+            results[name]["weights"] = {
+                model: initial_weights(flags_of(folder, layout, model))
+                for model in ("deep qk_eq_v", "deep llama GQA-2")
+            }
         for model in layout.models:
             line = flags_of(folder, layout, model)
             target = ["--save", str(folder / name / model)] if layout.saves else []
-            if layout.trains:
+            if layout.trains and model == "deep qkv":
+                results[name][model] = run([*line, *target], results[name].setdefault("waiting", []))
+            elif layout.trains:
                 results[name][model] = run([*line, *target])
             if model in layout.carried:
                 for source in layout.loads:

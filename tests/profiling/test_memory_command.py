@@ -73,7 +73,25 @@ def test_memory_says_what_it_leaves_out(run: Run) -> None:
     assert code == 0
     assert "not modelled: CUDA context" in out
     assert "not measured" in out
-    assert "--recompute-granularity: counted; the trainer has no such flag yet" in out
+    assert "recompute full" in out
+
+
+def test_memory_takes_the_trainers_flags_for_stages_and_recompute(run: Run) -> None:
+    """More chunks keep more micro batches under way; recompute keeps less."""
+    words = ["memory", "--attention-variant", "qk_eq_v", "--pipeline-model-parallel-size", "2"]
+    full = [*words, "--recompute-granularity", "full"]
+    cases = {
+        "chunks": [*words, "--num-virtual-stages-per-pipeline-rank", "5"],
+        "plain": words,
+        "block": [*full, "--recompute-method", "block", "--recompute-num-layers", "3"],
+        "full": full,
+    }
+    totals = [rows_of(run, *case)[0]["total_bytes"] for case in cases.values()]
+    assert totals == sorted(totals, reverse=True) and len(set(totals)) == len(totals)
+    every = [*full, "--recompute-method", "block", "--recompute-num-layers", "10"]
+    assert rows_of(run, *every)[0]["activations_bytes"] == rows_of(run, *full)[0]["activations_bytes"]
+    units = rows_of(run, *full, "--recompute-num-layers", "5")[0]["activations_bytes"]
+    assert units < rows_of(run, *full)[0]["activations_bytes"]
 
 
 def test_the_measured_trainer_can_be_built() -> None:
@@ -148,6 +166,11 @@ def test_plan_without_a_known_gpu(run: Run) -> None:
         ("memory --tensor-model-parallel-size 3", "--tensor-model-parallel-size 3: must divide"),
         ("memory --sequence-parallel", "--sequence-parallel: needs --tensor-model-parallel-size"),
         ("memory --pipeline-model-parallel-size 3", "--pipeline-model-parallel-size 3: must divide"),
+        (
+            "memory --num-virtual-stages-per-pipeline-rank 2",
+            "--num-virtual-stages-per-pipeline-rank 2: needs --pipeline-model-parallel-size",
+        ),
+        ("memory --recompute-method block", "--recompute-method block: needs --recompute-granularity full"),
     ],
 )
 def test_a_mistake_is_one_line(run: Run, words: str, message: str) -> None:

@@ -74,7 +74,7 @@ def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training layout")
     for name, text in (
         ("tensor", "ranks that share a layer's weights"),
-        ("pipeline", "stages; the trainer has one yet"),
+        ("pipeline", "stages that the layers are divided into"),
     ):
         group.add_argument(
             f"--{name}-model-parallel-size", type=positive_int, default=1, metavar="N", help=text
@@ -89,21 +89,27 @@ def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--recompute-granularity", choices=RECOMPUTE, default="none", help="of activations (default none)"
     )
+    group.add_argument("--recompute-method", default="", metavar="NAME", help="of full: uniform or block")
+    group.add_argument(
+        "--recompute-num-layers",
+        type=positive_int,
+        default=0,
+        metavar="N",
+        help="layers in a unit, or of a stage",
+    )
+    group.add_argument(
+        "--num-virtual-stages-per-pipeline-rank",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="chunks of a stage; above 1: interleaved schedule",
+    )
     group.add_argument("--dtype", choices=tuple(DTYPE_BYTES), default="bf16", help="default bf16")
-
-
-def layout_notes(layout: Layout) -> list[str]:
-    """What is counted here and cannot be run yet."""
-    asked = {
-        "--pipeline-model-parallel-size above 1": layout.pipeline > 1,
-        "--recompute-granularity": layout.recompute != "none",
-    }
-    names = " and ".join(name for name, given in asked.items() if given)
-    return [f"{names}: counted; the trainer has no such flag yet"] if names else []
 
 
 def layout_from(args: argparse.Namespace) -> Layout:
     """The layout that the flags give; Layout.check tells whether a model divides so."""
+    full = args.recompute_granularity == "full"
     return Layout(
         tensor=args.tensor_model_parallel_size,
         pipeline=args.pipeline_model_parallel_size,
@@ -112,4 +118,7 @@ def layout_from(args: argparse.Namespace) -> Layout:
         distributed_optimizer=args.use_distributed_optimizer,
         dtype=args.dtype,
         recompute=args.recompute_granularity,
+        chunks=args.num_virtual_stages_per_pipeline_rank,
+        recompute_method=args.recompute_method or ("uniform" if full else ""),
+        recompute_num_layers=args.recompute_num_layers or int(full),
     )

@@ -94,7 +94,6 @@ def run(args: argparse.Namespace) -> None:
         + (f", recompute {args.recompute_granularity}" if args.recompute_granularity != "none" else ""),
         *notes,
         f"not modelled: {'; '.join(NOT_MODELLED)}",
-        *flags.layout_notes(layout),
         why_not or "measured: torch.cuda.max_memory_allocated over a trainer's second step, on this GPU",
     ]
     write_rows(rows, columns, args, notes)
@@ -108,7 +107,7 @@ def _not_measured(args: argparse.Namespace, layout: Layout) -> str:
         return "no GPU: not measured"
     if args.no_run:
         return "not measured: --no-run"
-    if layout != Layout(dtype=layout.dtype):
+    if layout.ranks > 1:
         return "not measured: one process cannot run this layout"
     return ""
 
@@ -126,7 +125,6 @@ def _row(name: str, config: ModelConfig, layout: Layout, args: argparse.Namespac
                 micro_batches=args.micro_batches,
                 data_parallel_size=layout.data,
                 low_precision=DTYPE_BYTES[layout.dtype] == 2,
-                pipeline_parallel_size=layout.pipeline,
                 pipeline_stage=stage,
             )
             for stage in range(layout.pipeline)
@@ -143,6 +141,7 @@ def _row(name: str, config: ModelConfig, layout: Layout, args: argparse.Namespac
         "tensor_model_parallel_size": layout.tensor,
         "pipeline_model_parallel_size": layout.pipeline,
         "data_parallel_size": layout.data,
+        "num_virtual_stages_per_pipeline_rank": layout.chunks,
         "recompute": layout.recompute,
         **{f"{part}_bytes": counts[part] for part in COMPONENTS},
         **{f"sent_{part}_bytes": sent[part] for part in _SENT},
@@ -187,4 +186,5 @@ def trainer_of_shape(config: ModelConfig, layout: Layout, seq_length: int, micro
     data = DataConfig(
         mock_data=True, tokenizer_type="NullTokenizer", vocab_size=config.padded_vocab_size - 1, num_workers=0
     )
-    return trainer_of(arguments_of(RunConfig(config, train=train, data=data, log=LogConfig(log_interval=10))))
+    run = RunConfig(config, parallel=layout.parallel, train=train, data=data, log=LogConfig(log_interval=10))
+    return trainer_of(arguments_of(run))

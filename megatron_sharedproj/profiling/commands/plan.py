@@ -124,7 +124,6 @@ def run(args: argparse.Namespace) -> None:
         f"planned with {args.memory_fraction:.0%} of the memory (--memory-fraction); not modelled: "
         + "; ".join(NOT_MODELLED),
         "serving counts weights and cache only: activations and workspace come from the share that is left",
-        *flags.layout_notes(layout),
         *quality.notes({quality.paper_size(config) for _, config in found}),
     ]
     write_sections(rows, sections, args, notes)
