@@ -72,7 +72,7 @@ _TABLE: dict[str, tuple[type, dict[str, str]]] = {
             "tensor_model_parallel_size": "ranks that share a layer's weights",
             "pipeline_model_parallel_size": "stages that the layers are divided into",
             "num_virtual_stages_per_pipeline_rank": "chunks of a stage; above 1: interleaved schedule",
-            "context_parallel_size": "ranks that share a sequence; only 1 is supported yet",
+            "context_parallel_size": "ranks that share a sequence",
             "sequence_parallel": "split norms and residuals over the tensor-parallel ranks as well",
             "recompute_granularity": "what backward computes again: selective (core attention), full",
             "recompute_method": "with full: uniform (units of layers) or block (the first layers of a stage)",

@@ -24,6 +24,7 @@ import torch
 
 from megatron_sharedproj.cpu_cross_entropy import vocab_parallel_cross_entropy
 from megatron_sharedproj.cpu_linear import fp32_library, linear_with_grad_accumulation_and_async_allreduce
+from megatron_sharedproj.ops.zigzag import own_chunks
 
 _ENGINE = "megatron.core"
 
@@ -262,14 +263,18 @@ def _clip_grad_by_total_norm(
         torch._foreach_mul_(grads, coefficient)
 
 
-# Functions whose bodies demand CUDA by more than a device name. There is no public hook for either:
-# the first sets the CUDA generator through torch._C, the second asserts 'torch.cuda.FloatTensor'.
-# The others are public, and slow on a CPU.
+def _position_embedding_of_rank(pos_emb: torch.Tensor, seq_dim: int, cp_group: Any) -> torch.Tensor:
+    return own_chunks(pos_emb, seq_dim, cp_group.size(), cp_group.rank())
+
+
+# Functions whose bodies demand CUDA by more than a device name, without a public hook, and two public ones
+# that are slow on a CPU.
 _REPLACED = {
-    "vocab_parallel_cross_entropy": vocab_parallel_cross_entropy,
+    "_set_cuda_rng_state": _set_rng_state,  # sets the CUDA generator through torch._C
+    "clip_grad_by_total_norm_fp32": _clip_grad_by_total_norm,  # asserts 'torch.cuda.FloatTensor'
+    "get_pos_emb_on_this_cp_rank": _position_embedding_of_rank,  # its index is pinned memory, then .cuda()
     "linear_with_grad_accumulation_and_async_allreduce": linear_with_grad_accumulation_and_async_allreduce,
-    "_set_cuda_rng_state": _set_rng_state,
-    "clip_grad_by_total_norm_fp32": _clip_grad_by_total_norm,
+    "vocab_parallel_cross_entropy": vocab_parallel_cross_entropy,
 }
 
 

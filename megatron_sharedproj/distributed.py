@@ -95,15 +95,15 @@ def seed_all(seed: int, *, data_parallel_offset: bool = False) -> None:
     tracked stream (attention dropout) differs between them.
 
     Args:
-        data_parallel_offset: give each data-parallel rank and each pipeline stage its own streams. Weights
-            must be drawn without it, training wants it: replicas that see different data, and layers on
-            different stages, should not drop the same units.
+        data_parallel_offset: give each data-parallel and context-parallel rank and each pipeline stage its
+            own streams. Weights must be drawn without it, training wants it: replicas that see different
+            tokens, and layers on different stages, should not drop the same units.
     """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     if data_parallel_offset:
-        seed += 100003 * parallel_state.get_data_parallel_rank()
+        seed += 100003 * parallel_state.get_data_parallel_rank(with_context_parallel=True)
         seed += 100 * parallel_state.get_pipeline_model_parallel_rank()  # Megatron-LM's offset
     random.seed(seed)
     numpy.random.seed(seed % 2**32)

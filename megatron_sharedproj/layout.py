@@ -68,6 +68,8 @@ def describe_layout(parallel: ParallelConfig) -> str:
     if parallel.pipeline_model_parallel_size > 1:
         schedule = f"interleaved, {chunks} chunks each" if chunks > 1 else "1F1B"
         parts.append(f"pipeline parallel {parallel.pipeline_model_parallel_size} ({schedule})")
+    if parallel.context_parallel_size > 1:
+        parts.append(f"context parallel {parallel.context_parallel_size}")
     return ", ".join(parts)
 
 
@@ -108,11 +110,8 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
         )
     if chunks > 1 and stages == 1:
         raise ValueError(f"{flag}: needs --pipeline-model-parallel-size of at least 2")
-    if parallel.context_parallel_size != 1:
-        raise ValueError(
-            f"--context-parallel-size {parallel.context_parallel_size}: not supported yet; use 1, and "
-            "--tensor-model-parallel-size with --sequence-parallel to divide long sequences"
-        )
+    if parallel.context_parallel_size < 1:
+        raise ValueError(f"--context-parallel-size {parallel.context_parallel_size}: must be at least 1")
     _check_recompute(layers // chunks, parallel)
 
 
@@ -136,6 +135,31 @@ def _check_recompute(layers: int, parallel: ParallelConfig) -> None:
         raise ValueError(
             f"--recompute-num-layers {count}: with --recompute-method uniform must divide the {layers} "
             f"layers of a model chunk; use one of {_divisors(layers)}, or block"
+        )
+
+
+def check_sequence(config: RunConfig) -> None:
+    """Check that a sequence divides over the context-parallel and sequence-parallel ranks.
+
+    Raises:
+        ValueError: naming the flag, the value and what would work.
+    """
+    parallel, length = config.parallel, config.train.seq_length
+    tp, ranks = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    flag = f"--context-parallel-size {ranks}"
+    if ranks > 1 and length % (2 * ranks):
+        raise ValueError(
+            f"--seq-length {length}: must be divisible by {2 * ranks}, two chunks for each rank of {flag}"
+        )
+    if parallel.sequence_parallel and length // ranks % tp:
+        with_context = f" x {ranks} ({flag})" if ranks > 1 else ""
+        raise ValueError(
+            f"--seq-length {length}: must be divisible by {tp}{with_context} with --sequence-parallel"
+        )
+    if ranks > 1 and config.data.reset_attention_mask:
+        raise ValueError(
+            f"{flag}: not with --reset-attention-mask, whose documents end anywhere in a sequence; use 1, or "
+            "drop it"
         )
 
 

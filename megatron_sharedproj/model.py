@@ -86,6 +86,7 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+        context_parallel_size=parallel.context_parallel_size,
         # Megatron-LM's choice: the interleaved schedule sends while it computes.
         overlap_p2p_comm=chunks > 1,
         batch_p2p_comm=chunks == 1,

@@ -10,7 +10,7 @@ from megatron_sharedproj import formulas
 from megatron_sharedproj.config import RunConfig
 from megatron_sharedproj.device import Device
 from megatron_sharedproj.formulas_memory import training_memory_bytes
-from megatron_sharedproj.layout import check_layout, check_micro_batches
+from megatron_sharedproj.layout import check_layout, check_micro_batches, check_sequence
 
 
 def check_parallel(config: RunConfig, world_size: int) -> int:
@@ -33,10 +33,11 @@ def check_parallel(config: RunConfig, world_size: int) -> int:
     check_layout(model, parallel)
     replica = parallel.ranks_per_replica
     if world_size % replica:
+        named = [f"--pipeline-model-parallel-size {parallel.pipeline_model_parallel_size}", flag]
+        named.append(f"--context-parallel-size {parallel.context_parallel_size}")
         raise ValueError(
-            f"--pipeline-model-parallel-size {parallel.pipeline_model_parallel_size}: times {flag} is "
-            f"{replica}, which must divide the number of processes, {world_size}; lower one of them, or "
-            f"start torchrun with a multiple of {replica} processes"
+            f"{' x '.join(named)}: is {replica}, which must divide the number of processes, {world_size}; "
+            f"lower one of them, or start torchrun with a multiple of {replica} processes"
         )
     if model.num_attention_heads % tp:
         raise ValueError(f"{flag}: must divide --num-attention-heads {model.num_attention_heads}")
@@ -82,7 +83,7 @@ _NOT_NEGATIVE = (
 
 def check_train(config: RunConfig, data_parallel_size: int) -> None:
     """Check batch, lengths, schedule and intervals. Raises ValueError."""
-    train, model, tp = config.train, config.model, config.parallel.tensor_model_parallel_size
+    train, model = config.train, config.model
     for name in ("seq_length", "micro_batch_size", "train_iters", "lr"):
         if not 0 < getattr(train, name) < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(train, name)}: must be given and positive")
@@ -116,10 +117,7 @@ def check_train(config: RunConfig, data_parallel_size: int) -> None:
             f"--seq-length {train.seq_length}: longer than --max-position-embeddings "
             f"{model.max_position_embeddings}"
         )
-    if config.parallel.sequence_parallel and train.seq_length % tp:
-        raise ValueError(
-            f"--seq-length {train.seq_length}: must be divisible by {tp} with --sequence-parallel"
-        )
+    check_sequence(config)
     for name in ("decoupled_lr", "decoupled_min_lr"):
         value = getattr(train, name)
         if value is not None and not 0 <= value < float("inf"):

@@ -254,6 +254,7 @@ def test_training_flags_are_required(flag: str) -> None:
 GQA = "--group-query-attention --num-query-groups"
 TP = "--tensor-model-parallel-size"
 PP = "--pipeline-model-parallel-size"
+CP = "--context-parallel-size"
 CHUNKS = "--num-virtual-stages-per-pipeline-rank"
 PER_CHUNK = "--num-layers-per-virtual-pipeline-stage"
 DEEP = f"--num-layers 8 {PP} 2"
@@ -305,8 +306,21 @@ REFUSALS = [
     # layout.py
     (f"{PP} 3", 3, [f"{PP} 3", "must divide --num-layers 2", "use one of [1, 2]"]),
     (f"{PP} 0", 2, [f"{PP} 0", "use one of [1, 2]"]),
-    (f"{PP} 2", 3, [f"{PP} 2", "times --tensor-model-parallel-size 1 is 2", "processes, 3", "multiple of 2"]),
-    (f"{PP} 2 {TP} 2", 6, [f"{PP} 2", f"times {TP} 2 is 4", "processes, 6", "multiple of 4"]),
+    (f"{PP} 2", 3, [f"{PP} 2 x {TP} 1 x {CP} 1: is 2", "processes, 3", "multiple of 2"]),
+    (f"{PP} 2 {TP} 2", 6, [f"{PP} 2 x {TP} 2 x {CP} 1: is 4", "processes, 6", "multiple of 4"]),
+    (f"{CP} 2 {TP} 2", 6, [f"{PP} 1 x {TP} 2 x {CP} 2: is 4", "processes, 6"]),
+    (f"{CP} 0", 1, [f"{CP} 0", "must be at least 1"]),
+    (
+        f"{CP} 2 --seq-length 30",
+        2,
+        ["--seq-length 30", f"divisible by 4, two chunks for each rank of {CP} 2"],
+    ),
+    (
+        f"{CP} 2 {TP} 4 --sequence-parallel --seq-length 36",
+        8,
+        ["--seq-length 36", f"divisible by 4 x 2 ({CP} 2) with --sequence-parallel"],
+    ),
+    (f"{CP} 2 --reset-attention-mask", 2, [f"{CP} 2", "not with --reset-attention-mask", "use 1, or drop"]),
     (f"{CHUNKS} 2", 1, [f"{CHUNKS} 2", f"needs {PP} of at least 2"]),
     (f"{CHUNKS} 2 {PP} 2", 2, [f"{CHUNKS} 2", "must divide the 1 layers of a pipeline stage", "[1]"]),
     (f"{CHUNKS} 0 {PP} 2", 2, [f"{CHUNKS} 0", "must divide the 1 layers"]),
@@ -318,7 +332,6 @@ REFUSALS = [
         2,
         [f"{CHUNKS} 2", f"multiple of {PP} 2 micro batches per step, not 3", "change --global-batch-size"],
     ),
-    ("--context-parallel-size 2", 2, ["--context-parallel-size 2", "use 1, and", "--sequence-parallel"]),
     (f"{RECOMPUTE}granularity some", 1, [f"{RECOMPUTE}granularity some", "choose selective or full"]),
     (
         f"--recompute-activations {RECOMPUTE}granularity full",

@@ -197,11 +197,13 @@ def load_checkpoint(
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_pipeline_model_parallel_world_size(),
         parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        parallel_state.get_context_parallel_world_size(),
     )
     same_layout = same_ranks and sizes == (
         saved.tensor_model_parallel_size,
         saved.pipeline_model_parallel_size,
         saved.num_virtual_stages_per_pipeline_rank,
+        saved.context_parallel_size,
     )
     if load_rng and same_layout:
         state[_RNG_KEY] = _rng_tensors(device)

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.parallel_state import get_context_parallel_group
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megatron_sharedproj.layers.context_parallel import context_parallel_attention
 from megatron_sharedproj.ops.attention import attention, attention_packed
 
 
@@ -49,8 +51,9 @@ class SharedProjectionCoreAttention(MegatronModule):
                 raise ValueError(
                     f"{option}={getattr(config, option)}: not supported by projection-sharing attention"
                 )
+        self.context_group = None
         if config.context_parallel_size > 1:
-            raise ValueError(f"--context-parallel-size {config.context_parallel_size}: not supported; use 1")
+            self.context_group = getattr(pg_collection, "cp", None) or get_context_parallel_group()
         self.tied_kv = False  # set by the layer: key and value come from one projected tensor
         self.layer_number = layer_number
         self.attn_mask_type = attn_mask_type
@@ -88,6 +91,8 @@ class SharedProjectionCoreAttention(MegatronModule):
             raise ValueError(
                 f"attention mask type {mask_type.name}: supported are causal and no_mask, not explicit masks"
             )
+        if packed_seq_params is not None and self.context_group is not None:
+            raise ValueError("packed_seq_params: not supported with --context-parallel-size above 1")
         dropout = self.dropout if self.training else 0.0
         # Heads are split over the tensor-parallel ranks: each needs its own random stream.
         stream = get_cuda_rng_tracker().fork() if dropout else contextlib.nullcontext()
@@ -98,6 +103,9 @@ class SharedProjectionCoreAttention(MegatronModule):
             "deterministic": bool(self.config.deterministic_mode),
         }
         with stream:
+            if packed_seq_params is None and self.context_group is not None:
+                out = context_parallel_attention(query, key, value, self.context_group, **options)
+                return out.flatten(-2)
             if packed_seq_params is None:
                 return attention(query, key, value, **options).flatten(-2)
             return attention_packed(query, key, value, *_lengths(packed_seq_params), **options).flatten(-2)

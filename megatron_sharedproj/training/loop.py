@@ -25,6 +25,7 @@ from megatron_sharedproj.data.padded import real_token_share
 from megatron_sharedproj.device import Device
 from megatron_sharedproj.layers.core_attention import document_lengths
 from megatron_sharedproj.model import ModelChunks
+from megatron_sharedproj.ops.zigzag import own_chunks
 from megatron_sharedproj.training.log import TrainingLog
 from megatron_sharedproj.training.signals import StopSignals
 
@@ -46,12 +47,17 @@ def forward_step(
         boundary: token after which attention starts anew (``--reset-attention-mask``); None: nowhere.
     """
     if data_iterator is None:  # a middle pipeline stage needs none
-        return model(None, None, None), partial(_mean_loss, None)
+        return model(None, None, None), partial(_mean_loss, None, None)
     batch = next(data_iterator)
     tokens, labels, positions, mask = (
         batch[name].to(device, non_blocking=True)
         for name in ("tokens", "labels", "position_ids", "loss_mask")
     )
+    scored = mask.sum()
+    ranks = parallel_state.get_context_parallel_world_size()
+    if ranks > 1:
+        own = partial(own_chunks, dim=1, ranks=ranks, rank=parallel_state.get_context_parallel_rank())
+        tokens, labels, positions, mask = own(tokens), own(labels), own(positions), own(mask)
     if boundary is None:
         losses = model(tokens, positions, None, labels=labels)
     else:
@@ -61,11 +67,12 @@ def forward_step(
         losses = model(tokens, positions, None, labels=labels, packed_seq_params=documents)
         if losses.shape == labels.shape:  # not the hidden states of an earlier pipeline stage
             losses = losses.view_as(mask)
-    return losses, partial(_mean_loss, mask)
+    return losses, partial(_mean_loss, mask, scored)
 
 
-def _mean_loss(mask: Any, losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    loss = (losses.float() * mask).sum() / mask.sum().clamp(min=1)
+def _mean_loss(mask: Any, scored: Any, losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    # Of the whole sequence: context-parallel ranks have a part each, whose sum the schedule and we take.
+    loss = (losses.float() * mask).sum() / scored.clamp(min=1)
     # A copy: Megatron's schedule divides the loss by the number of micro batches in place.
     return loss, {"lm loss": loss.detach().clone()}
 
@@ -133,7 +140,8 @@ class Trainer:
             loss = torch.stack([result["lm loss"] for result in results]).mean()
         else:  # only the last pipeline stage has a loss
             loss = torch.zeros((), device=self.torch_device)
-        torch.distributed.all_reduce(loss, group=parallel_state.get_data_parallel_group())
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        torch.distributed.all_reduce(loss, group=group)
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             torch.distributed.broadcast(
                 loss,

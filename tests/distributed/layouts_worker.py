@@ -8,6 +8,7 @@ A layout with fewer ranks than were started uses the first ones: the process gro
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from dataclasses import dataclass, field
@@ -21,9 +22,6 @@ from megatron_sharedproj import distributed
 from megatron_sharedproj.arguments import build_parser, run_config
 from megatron_sharedproj.device import get_device
 from megatron_sharedproj.quiet import quiet_libraries
-
-get_device().install()
-from megatron.core.dist_checkpointing.mapping import ShardedTensor  # noqa: E402
 
 STEPS = 20
 SAVED_AT = 10
@@ -60,6 +58,7 @@ DEEP = {
 DROPOUT = {
     "dropout": ("qk_eq_v", 0, {"num_layers": 4, "attention_dropout": 0.1, "hidden_dropout": 0.1}),
 }
+MASKED = {"masked": ("qk_eq_v", 2, {"eod_mask_loss": True})}
 # Those that go on under yet another layout.
 CARRIED = ("qk_eq_v", "Q-MQA", "deep qk_eq_v", "deep Q-MQA")
 
@@ -76,12 +75,13 @@ class Layout:
     models: dict[str, tuple[str, int, dict[str, Any]]] = field(default_factory=lambda: MODELS)
     saves: bool = False
     loads: tuple[str, ...] = ()
-    carried: tuple[str, ...] = tuple({**MODELS, **DEEP, **DROPOUT})
+    carried: tuple[str, ...] = tuple({**MODELS, **DEEP, **DROPOUT, **MASKED})
     trains: bool = True
 
 
 TP2, TP4 = {"tensor_model_parallel_size": 2}, {"tensor_model_parallel_size": 4}
 PP2, PP4 = {"pipeline_model_parallel_size": 2}, {"pipeline_model_parallel_size": 4}
+CP2 = {"context_parallel_size": 2}
 SP = {"sequence_parallel": True}
 CHUNKS2 = {"num_virtual_stages_per_pipeline_rank": 2}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2}
@@ -90,6 +90,7 @@ ONES = {"micro_batch_size": 1}
 
 LAYOUTS: dict[str, Layout] = {
     "TP1": Layout(1, saves=True),
+    "masked": Layout(1, models=MASKED),
     "TP2": Layout(2, TP2, loads=("TP1",)),
     "TP2+SP": Layout(2, {**TP2, **SP}),
     "DP2": Layout(2),
@@ -112,6 +113,10 @@ LAYOUTS: dict[str, Layout] = {
     "TP2xPP2+SP": Layout(4, {**TP2, **PP2, **SP, **FULL, **ONES}, DEEP),
     "TP2xPP2 interleaved": Layout(4, {**TP2, **PP2, **CHUNKS2, **SP, **ONES}, DEEP, loads=("one",)),
     "PP4": Layout(4, {**PP4, **ONES}, DEEP, loads=("one", "TP2xPP2"), carried=CARRIED),
+    "CP2": Layout(2, CP2, loads=("TP1",), carried=CARRIED),
+    "TP2xCP2+SP": Layout(4, {**TP2, **CP2, **SP}, MASKED),
+    "CP4": Layout(4, {"context_parallel_size": 4}),
+    "PP2xCP2": Layout(4, {**PP2, **CP2, **ONES, **FULL}, DEEP),
     "deep TP2": Layout(2, TP2, DEEP, loads=("TP2xPP2",), carried=CARRIED, trains=False),
     "deep gathered": Layout(1, {}, DEEP, loads=("TP2xPP2",), carried=CARRIED, trains=False),
 }  # fmt: skip
@@ -157,6 +162,8 @@ def run(line: list[str], waiting: list[list[int]] | None = None) -> list[list[fl
 
 def initial_weights(line: list[str]) -> dict[str, float]:
     """The sum of every tensor of a fresh model, by its place in the whole model."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
     state = tiny.trainer(line).bare_model.sharded_state_dict()
     tensors = [entry for entry in state.values() if isinstance(entry, ShardedTensor)]
     mine = {f"{t.key} {t.global_offset}": t.data.double().sum().item() for t in tensors}
@@ -180,8 +187,8 @@ def draw_streams() -> list[list[float]]:
 
 def flags_of(folder: Path, layout: Layout, model: str) -> list[str]:
     variant, groups, shape = layout.models[model]
-    sizes = [layout.flags.get(f"{name}_model_parallel_size", 1) for name in ("tensor", "pipeline")]
-    replicas = layout.ranks // (sizes[0] * sizes[1])
+    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    replicas = layout.ranks // math.prod(layout.flags.get(name, 1) for name in names)
     values = {"micro_batch_size": BATCH // replicas, "global_batch_size": BATCH, **shape, **layout.flags}
     return tiny.flags(folder / "tiny_text_document", variant, groups, train_iters=STEPS, **values)
 
@@ -190,6 +197,7 @@ def main() -> None:
     quiet_libraries()
     folder, chosen = Path(sys.argv[1]), sys.argv[2:]
     rank, started = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    get_device().install()
     results: dict[str, dict[str, Any]] = {}
     for index, name in enumerate(chosen):
         layout = LAYOUTS[name]

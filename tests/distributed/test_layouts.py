@@ -19,7 +19,7 @@ TESTS = Path(__file__).resolve().parents[1]
 # fp32 sums in another order: the largest difference seen over all of these was 2.2e-6 of the value (a
 # gradient norm of Q-MQA under TP2xPP2).
 TOLERANCE = 5e-6
-QUICK = ["TP2", "TP2+SP", "DP2", "DP2+overlap", "TP2xDP2"]
+QUICK = ["TP2", "TP2+SP", "DP2", "DP2+overlap", "TP2xDP2", "CP2"]
 PIPELINES = ["PP2", "PP2 interleaved", "TP2xPP2", "PP2xDP2", "PP2 interleaved xDP2"]
 # Layout -> those whose checkpoints went on under it.
 CARRIED_DEEP = {"PP2": ["one"], "TP2xPP2": ["PP2 interleaved"], "deep gathered": ["TP2xPP2"]}
@@ -39,7 +39,7 @@ def launch(folder: Path, layouts: list[str]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    layouts = ["TP1", *QUICK, "gathered", "one", *PIPELINES, "deep gathered"]
+    layouts = ["TP1", *QUICK, "gathered", "one", *PIPELINES, "deep gathered", "masked", "TP2xCP2+SP"]
     return launch(tmp_path_factory.mktemp("layouts"), layouts)
 
 
@@ -88,6 +88,16 @@ def test_checkpoint_of_one_process_goes_on_under_tp2(losses: dict[str, Any], mod
     assert_equal(losses["TP2"][f"{model} from TP1"], losses["TP1"][model][SAVED_AT:])
 
 
+def test_context_parallel_ranks_share_the_scored_tokens(losses: dict[str, Any]) -> None:
+    """With --eod-mask-loss a rank's part of a sequence has fewer scored tokens than another's."""
+    assert_equal(losses["TP2xCP2+SP"]["masked"], losses["masked"]["masked"])
+
+
+@pytest.mark.parametrize("model", ["qk_eq_v", "Q-MQA"])
+def test_checkpoint_of_one_process_goes_on_under_cp2(losses: dict[str, Any], model: str) -> None:
+    assert_equal(losses["CP2"][f"{model} from TP1"], losses["TP1"][model][SAVED_AT:])
+
+
 @pytest.mark.parametrize("model", ["qk_eq_v", "Q-MQA"])
 def test_checkpoint_of_four_processes_goes_on_in_one(losses: dict[str, Any], model: str) -> None:
     assert_equal(losses["gathered"][f"{model} from TP2xDP2"], losses["TP1"][model][SAVED_AT:])
@@ -111,7 +121,7 @@ def test_resume_of_tp2_x_pp2_is_exact(losses: dict[str, Any], model: str) -> Non
 def test_random_streams(losses: dict[str, Any]) -> None:
     """Residual dropout is equal on the tensor-parallel ranks of a stage; attention dropout never is."""
     same = {"TP2": [[0, 1]], "DP2": [[0], [1]], "TP2xDP2": [[0, 1], [2, 3]], "TP2xPP2": [[0, 1], [2, 3]]}
-    for layout, groups in {**same, "PP2xDP2": [[0], [1], [2], [3]]}.items():
+    for layout, groups in {**same, "CP2": [[0], [1]], "PP2xDP2": [[0], [1], [2], [3]]}.items():
         rows = losses[layout]["streams"]
         defaults = [{rows[rank][0] for rank in group} for group in groups]
         assert all(len(values) == 1 for values in defaults)
@@ -125,6 +135,15 @@ def test_four_tensor_parallel_ranks(tmp_path: Path) -> None:
     for model in MODELS:
         assert_equal(found["TP4"][model], found["TP1"][model])
         assert_equal(found["TP4"][f"{model} from TP1"], found["TP1"][model][SAVED_AT:])
+
+
+@pytest.mark.slow
+def test_products_of_context_parallelism(tmp_path: Path) -> None:
+    found = launch(tmp_path, ["TP1", "CP4", "one", "PP2xCP2"])
+    for model in MODELS:
+        assert_equal(found["CP4"][model], found["TP1"][model])
+    for model in DEEP:
+        assert_equal(found["PP2xCP2"][model], found["one"][model])
 
 
 @pytest.mark.slow
