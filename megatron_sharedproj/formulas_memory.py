@@ -63,7 +63,11 @@ class _Step:
 
     @property
     def tokens(self) -> int:
-        return self.seq_length * self.micro_batch_size
+        return self.seq_length * self.micro_batch_size // self.context
+
+    @property
+    def context(self) -> int:
+        return self.parallel.context_parallel_size
 
     @property
     def width(self) -> int:
@@ -131,8 +135,23 @@ class _Step:
             if heads != groups:  # the value is repeated, and the projection kept for a norm only
                 elements += attended - (0 if c.qk_layernorm else rows)
             fp32 -= heads
-        tables = 4 * self.seq_length * int(c.kv_channels * c.rotary_percent) * self.width if rope else 0
+        elif self.context > 1:
+            elements += self._gathered(rows, attended, keys, own_query=bool(copied or changed))
+            elements -= copied + changed + (rows if not c.qk_layernorm else 0)
+        rotated = int(c.kv_channels * c.rotary_percent)
+        tables = 4 * self.seq_length // self.context * rotated * self.width if rope else 0
         return self.tokens * (elements * self.width + 4 * fp32) + tables
+
+    @property
+    def keys(self) -> int:
+        """Bytes of this rank's keys and values in a layer: one tensor where they are tied."""
+        heads = max(1, self.config.num_query_groups // self.ranks) * (1 if self.config.variant.tied_kv else 2)
+        return self.tokens * heads * self.config.kv_channels * self.width
+
+    def _gathered(self, rows: int, attended: int, keys: int, *, own_query: bool) -> int:
+        """Elements per token that context parallelism keeps: queries, gathered keys, an output per chunk."""
+        tensors = 1 if self.config.variant.tied_kv else 2
+        return (attended if own_query else rows) + attended + tensors * keys * self.context
 
     @property
     def mlp(self) -> int:
@@ -315,7 +334,8 @@ def training_memory_bytes(
         pipeline_parallel_size=stages,
         pipeline_stage=pipeline_stage,
     )
-    own = -(-count // (data_parallel_size if parallel.use_distributed_optimizer else 1))
+    shards = data_parallel_size * step.context if parallel.use_distributed_optimizer else 1
+    own = -(-count // shards)
     passes, first = in_flight(stages, pipeline_stage, step.chunks, micro_batches)
     reduced_in_bf16 = low_precision and parallel.grad_reduce_in_bf16
     # The loss's chunk runs backward at once, the embedding's waits longest.
@@ -355,9 +375,9 @@ def communication_bytes(
     and norm scalars, and what recompute sends again.
 
     Returns:
-        ``tensor_parallel``; ``data_parallel``, the gradient reduction; ``parameter_gather``, the distributed
-        optimizer's; ``pipeline``, activations and their gradients to the neighbours and a tied embedding's
-        gradient between the ends.
+        ``tensor_parallel``; ``context_parallel``, keys and values and their gradients; ``data_parallel``, the
+        gradient reduction; ``parameter_gather``, the distributed optimizer's; ``pipeline``, activations and
+        their gradients to the neighbours and a tied embedding's gradient between the ends.
     Raises:
         ValueError: as :func:`training_memory_bytes`.
     """
@@ -365,7 +385,8 @@ def communication_bytes(
     step = _Step(
         config, parallel, seq_length, micro_batch_size, low_precision, True, "none", stages, pipeline_stage
     )
-    ranks, replicas, width = step.ranks, data_parallel_size, step.width
+    # A weight's gradient is summed over the context-parallel ranks as well.
+    ranks, replicas, width = step.ranks, data_parallel_size * step.context, step.width
     count = parameters_per_rank(config, ranks, pipeline_parallel_size=stages, pipeline_stage=pipeline_stage)
     gradient = 2 if low_precision and parallel.grad_reduce_in_bf16 else 4
     sharded = parallel.use_distributed_optimizer
@@ -379,6 +400,7 @@ def communication_bytes(
         "tensor_parallel": _tensor_parallel_halves(step, micro_batches) * (ranks - 1) // ranks,
         "data_parallel": (1 if sharded else 2) * (replicas - 1) * count * gradient // replicas,
         "parameter_gather": (replicas - 1) * count * width // replicas if sharded else 0,
+        "context_parallel": micro_batches * step.layers * 2 * step.keys * (step.context - 1),
         "pipeline": micro_batches * neighbours * hop + (table * gradient if tied else 0),
     }
     counts["total"] = sum(counts.values())

@@ -138,13 +138,12 @@ def _check_recompute(layers: int, parallel: ParallelConfig) -> None:
         )
 
 
-def check_sequence(config: RunConfig) -> None:
+def check_sequence_length(length: int, parallel: ParallelConfig) -> None:
     """Check that a sequence divides over the context-parallel and sequence-parallel ranks.
 
     Raises:
         ValueError: naming the flag, the value and what would work.
     """
-    parallel, length = config.parallel, config.train.seq_length
     tp, ranks = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     flag = f"--context-parallel-size {ranks}"
     if ranks > 1 and length % (2 * ranks):
@@ -156,10 +155,16 @@ def check_sequence(config: RunConfig) -> None:
         raise ValueError(
             f"--seq-length {length}: must be divisible by {tp}{with_context} with --sequence-parallel"
         )
+
+
+def check_sequence(config: RunConfig) -> None:
+    """:func:`check_sequence_length` of a run, and that no mask of its data needs whole sequences."""
+    check_sequence_length(config.train.seq_length, config.parallel)
+    ranks = config.parallel.context_parallel_size
     if ranks > 1 and config.data.reset_attention_mask:
         raise ValueError(
-            f"{flag}: not with --reset-attention-mask, whose documents end anywhere in a sequence; use 1, or "
-            "drop it"
+            f"--context-parallel-size {ranks}: not with --reset-attention-mask, whose documents end anywhere "
+            "in a sequence; use 1, or drop it"
         )
 
 

@@ -71,6 +71,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2": {"tensor_model_parallel_size": 2},
     "TP2+SP": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
     "DP2": {},
+    "CP2": {"context_parallel_size": 2},
 }
 _LLAMA = {"position_embedding_type": "rope", "normalization": "RMSNorm", "swiglu": True,
           "no_bias_gelu_fusion": None, "disable_bias_linear": True,
@@ -101,15 +102,15 @@ def main() -> None:
         torch.distributed.init_process_group(
             "gloo", init_method=f"file://{folder}/store{index}", rank=rank, world_size=2
         )
-        distributed.initialize(
-            get_device(), tensor_model_parallel_size=further.get("tensor_model_parallel_size", 1)
-        )
+        sizes = {name: size for name, size in further.items() if name.endswith("parallel_size")}
+        distributed.initialize(get_device(), **sizes)
         for name, (variant, groups, shape) in MODELS.items():
             flags = {"hidden_dropout": 0.0, "micro_batch_size": MICRO, "global_batch_size": BATCH}
             line = tiny.flags(folder / "tiny_text_document", variant, groups, **{**flags, **shape, **further})
             trainer = tiny.trainer(line)
             trainer.log.enabled = False
-            kept = model_saved_bytes(trainer.model.module, MICRO, tiny.SEQ)
+            own = tiny.SEQ // further.get("context_parallel_size", 1)
+            kept = model_saved_bytes(trainer.model.module, MICRO, own)
             SENT["bytes"] = 0
             trainer.step(trainer._iterator(trainer.train_data, 0))
             parameters = sum(p.numel() for p in trainer.model.parameters())

@@ -317,7 +317,7 @@ def test_ranks_keep_and_send_what_is_counted(measured: Any, layout: str, model: 
     tp = config.parallel.tensor_model_parallel_size
     shape = {"seq_length": tiny.SEQ, "micro_batch_size": MICRO}
     kept = training_memory_bytes(config.model, config.parallel, fused=False, **shape)
-    replicas = 2 // tp
+    replicas = 2 // config.parallel.ranks_per_replica
     sends = communication_bytes(
         config.model, config.parallel, **shape, micro_batches=BATCH // MICRO // replicas,
         data_parallel_size=replicas,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from megatron_sharedproj import formulas
 from megatron_sharedproj.config import ModelConfig, ParallelConfig
 from megatron_sharedproj.formulas_memory import parameters_per_rank, training_memory_bytes
-from megatron_sharedproj.layout import check_layout
+from megatron_sharedproj.layout import check_layout, check_sequence_length
 
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _MOST_MICRO_BATCH = 1 << 20
@@ -34,10 +34,11 @@ class Layout:
     chunks: int = 1  # num_virtual_stages_per_pipeline_rank
     recompute_method: str = ""
     recompute_num_layers: int = 0
+    context: int = 1
 
     @property
     def ranks(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.context * self.data
 
     @property
     def parallel(self) -> ParallelConfig:
@@ -45,6 +46,7 @@ class Layout:
             tensor_model_parallel_size=self.tensor,
             pipeline_model_parallel_size=self.pipeline,
             num_virtual_stages_per_pipeline_rank=self.chunks,
+            context_parallel_size=self.context,
             recompute_granularity="" if self.recompute == "none" else self.recompute,
             recompute_method=self.recompute_method,
             recompute_num_layers=self.recompute_num_layers,
@@ -65,10 +67,7 @@ class Layout:
                 raise ValueError(f"{flag}: must divide {name}, {size}")
         if self.sequence_parallel and self.tensor == 1:
             raise ValueError("--sequence-parallel: needs --tensor-model-parallel-size of at least 2")
-        if self.sequence_parallel and seq_length % self.tensor:
-            raise ValueError(
-                f"--seq-length {seq_length}: must be divisible by {self.tensor} with --sequence-parallel"
-            )
+        check_sequence_length(seq_length, self.parallel)
         if self.distributed_optimizer and self.dtype == "fp32":
             raise ValueError("--use-distributed-optimizer: needs --dtype bf16 or fp16")
         check_layout(config, self.parallel)

@@ -94,6 +94,14 @@ def test_memory_takes_the_trainers_flags_for_stages_and_recompute(run: Run) -> N
     assert units < rows_of(run, *full)[0]["activations_bytes"]
 
 
+def test_context_parallelism_sends_half_for_one_tensor(run: Run) -> None:
+    words = ["memory", "--attention-variant", "qkv,qk_eq_v", "--context-parallel-size", "2"]
+    qkv, tied = rows_of(run, *words)
+    # 20 layers, forward and backward, 1,024 tokens of 1,024 elements in bf16 to the other rank.
+    assert tied["sent_context_parallel_bytes"] == 20 * 2 * 1024 * 1024 * 2
+    assert qkv["sent_context_parallel_bytes"] == 2 * tied["sent_context_parallel_bytes"]
+
+
 def test_the_measured_trainer_can_be_built() -> None:
     """What a GPU's peak is measured on, here on the CPU: the shape asked for, and two steps of it."""
     script = """
@@ -170,6 +178,7 @@ def test_plan_without_a_known_gpu(run: Run) -> None:
             "memory --num-virtual-stages-per-pipeline-rank 2",
             "--num-virtual-stages-per-pipeline-rank 2: needs --pipeline-model-parallel-size",
         ),
+        ("memory --context-parallel-size 3", "--seq-length 2048: must be divisible by 6, two chunks"),
         ("memory --recompute-method block", "--recompute-method block: needs --recompute-granularity full"),
     ],
 )

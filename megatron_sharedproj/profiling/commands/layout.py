@@ -82,6 +82,13 @@ def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--data-parallel-size", type=positive_int, default=1, metavar="N", help="replicas of the model"
     )
+    group.add_argument(
+        "--context-parallel-size",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="ranks that share a sequence",
+    )
     group.add_argument("--sequence-parallel", action="store_true", help="split norms and residuals as well")
     group.add_argument(
         "--use-distributed-optimizer", action="store_true", help="divide optimizer state over the replicas"
@@ -118,6 +125,7 @@ def layout_from(args: argparse.Namespace) -> Layout:
         distributed_optimizer=args.use_distributed_optimizer,
         dtype=args.dtype,
         recompute=args.recompute_granularity,
+        context=args.context_parallel_size,
         chunks=args.num_virtual_stages_per_pipeline_rank,
         recompute_method=args.recompute_method or ("uniform" if full else ""),
         recompute_num_layers=args.recompute_num_layers or int(full),

@@ -26,7 +26,7 @@ from megatron_sharedproj.profiling.progress import ProgressBar
 from megatron_sharedproj.profiling.tables import Column, add_output_arguments, check_output, write_rows
 
 COMPONENTS = ("weights", "gradients", "optimizer", "activations", "logits", "temporary", "total")
-_SENT = ("tensor_parallel", "data_parallel", "parameter_gather", "pipeline")
+_SENT = ("tensor_parallel", "context_parallel", "data_parallel", "parameter_gather", "pipeline")
 
 
 def gib(value: float) -> str:
@@ -140,6 +140,7 @@ def _row(name: str, config: ModelConfig, layout: Layout, args: argparse.Namespac
         "dtype": layout.dtype,
         "tensor_model_parallel_size": layout.tensor,
         "pipeline_model_parallel_size": layout.pipeline,
+        "context_parallel_size": layout.context,
         "data_parallel_size": layout.data,
         "num_virtual_stages_per_pipeline_rank": layout.chunks,
         "recompute": layout.recompute,
