@@ -39,6 +39,7 @@ from torch import Tensor, nn
 
 from megatron_sharedproj.command_line import Parser, list_of, positive_float, positive_int, run_distributed
 from megatron_sharedproj.config import PRESETS, DataConfig, ModelConfig, RunConfig, TrainConfig
+from megatron_sharedproj.device import get_device
 from megatron_sharedproj.profiling.progress import ProgressBar
 from megatron_sharedproj.profiling.tables import write_csv
 from megatron_sharedproj.variants import VARIANTS
@@ -337,7 +338,6 @@ class Benchmark:
 
     def __init__(self, args: argparse.Namespace):
         from megatron_sharedproj import distributed, formulas
-        from megatron_sharedproj.device import get_device
         from megatron_sharedproj.profiling.attention_results import environment
         from megatron_sharedproj.profiling.roofline import measure_roofline
         from megatron_sharedproj.profiling.timing import get_machine
@@ -561,7 +561,8 @@ def run(args: argparse.Namespace) -> None:
         for index, (case, config) in enumerate(todo):
             name = f"{case.size}, vocabulary {case.vocab_size:,}"
             progress.show(index, name)
-            found = benchmark.measure(case, config)
+            with get_device().keep_freed_memory():  # as in the trainer's loop, for both engines
+                found = benchmark.measure(case, config)
             progress.clear()
             print(f"\n{name}: {int(found[0]['parameters']):,} parameters")
             print(_LINE.format(*_TITLES))

@@ -10,7 +10,6 @@ data-parallel, optimizer, schedule and checkpoint code runs on two CPU cores, th
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import importlib.abc
 import importlib.machinery
@@ -24,6 +23,7 @@ import torch
 
 from megatron_sharedproj.cpu_cross_entropy import vocab_parallel_cross_entropy
 from megatron_sharedproj.cpu_linear import fp32_library, linear_with_grad_accumulation_and_async_allreduce
+from megatron_sharedproj.cpu_memory import keep_freed_memory
 from megatron_sharedproj.ops.zigzag import own_chunks
 
 _ENGINE = "megatron.core"
@@ -65,6 +65,10 @@ class Device:
     def describe(self) -> str:
         return f"cpu ({torch.get_num_threads()} thread(s) per process)"
 
+    def keep_freed_memory(self) -> contextlib.AbstractContextManager[None]:
+        """Use freed memory again within: for steps that all need the same."""
+        return contextlib.nullcontext()
+
     def products(self) -> str:
         """Which library computes fp32 matrix products here; empty where there is no choice."""
         return f"fp32 matrix products: {fp32_library()}"
@@ -79,9 +83,11 @@ class CpuDevice(Device):
         for name, module in list(sys.modules.items()):
             if name.startswith(_ENGINE):
                 _scope(module)
-        _keep_freed_memory()
         # Megatron warns when its "GPU" streams move the CPU generator; here they are the CPU generator.
         logging.getLogger(f"{_ENGINE}.tensor_parallel.random").addFilter(_no_rng_warning)
+
+    def keep_freed_memory(self) -> contextlib.AbstractContextManager[None]:
+        return keep_freed_memory()
 
 
 class CudaDevice(Device):
@@ -122,6 +128,10 @@ class CudaDevice(Device):
     def describe(self) -> str:
         return torch.cuda.get_device_name()
 
+    def keep_freed_memory(self) -> contextlib.AbstractContextManager[None]:
+        """Use freed memory again within: for steps that all need the same."""
+        return contextlib.nullcontext()
+
     def products(self) -> str:
         return ""
 
@@ -130,26 +140,6 @@ def get_device() -> Device:
     """The device of this process: a GPU where torch finds one, else the CPU."""
     return CudaDevice() if torch.cuda.is_available() else CpuDevice()
 
-
-def _keep_freed_memory() -> None:
-    """Let the C library reuse freed memory instead of giving it back to the system.
-
-    By default glibc maps each large tensor anew, and the first touch of each page costs a fault: a quarter of
-    a small bf16 model's step, half of it with a large vocabulary (benchmarks/LOG.md). Other C libraries are
-    left alone, and so is a user's own setting.
-    """
-    if any(name.startswith("MALLOC_") for name in os.environ):
-        return
-    try:
-        adjust = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    for option, value in _MALLOC_OPTIONS:
-        adjust(option, value)
-
-
-# malloc.h: M_MMAP_MAX, no block of its own for any request; M_TRIM_THRESHOLD and M_TOP_PAD, bytes.
-_MALLOC_OPTIONS = ((-4, 0), (-1, 2**31 - 1), (-2, 64 << 20))
 
 # --- CPU: what Megatron-Core's modules see instead of torch ---------------------------------------------
 

@@ -189,12 +189,17 @@ class _Step:
         """Bytes of the embedding (indices, dropout mask) and of the final norm and loss, where they are."""
         learned = self.config.position_embedding_type == "learned_absolute"
         total = self.tokens * 8 * (1 + learned) + self.residual(self.mask) if self.first else 0
-        return total + (self.residual(self.norm) + self.tokens * 9 if self.last else 0)
+        loss = self.tokens * (9 if self.fused else 17)  # cpu_cross_entropy.py keeps two more numbers in fp32
+        return total + (self.residual(self.norm) + loss if self.last else 0)
 
     @property
     def probabilities(self) -> int:
-        """Bytes of the softmax over the vocabulary, fp32, which its gradient overwrites."""
-        return self.tokens * self.config.padded_vocab_size * 4 // self.ranks if self.last else 0
+        """Bytes that the loss keeps of the logits, which their gradient overwrites: a softmax in fp32.
+
+        On a CPU it keeps the logits themselves (cpu_cross_entropy.py).
+        """
+        width = 4 if self.fused else self.width
+        return self.tokens * self.config.padded_vocab_size * width // self.ranks if self.last else 0
 
     def peak(self, saved: int, master_copy: int) -> int:
         """Most bytes beside weights, gradients and optimizer, where `saved` are kept when backward starts."""
@@ -208,7 +213,7 @@ class _Step:
         mlp = (self.tokens + c.hidden_size) * c.ffn_hidden_size * self.width // self.ranks
         again = self.unit * self.layer if self.recompute == "full" else 0
         return max(
-            saved + probabilities + (logits if self.low_precision else 0),
+            saved + probabilities + (logits if self.low_precision and self.fused else 0),
             saved + logits + table if self.last else 0,
             saved + held + mlp + again,
             held + table if self.first else 0,

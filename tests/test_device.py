@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
-import platform
-import subprocess
 import sys
 from collections.abc import Iterator
 from types import ModuleType
@@ -178,32 +175,3 @@ def test_another_seed_gives_other_streams(seeded: Any) -> None:
             drawn.append(torch.rand(8))
         drawn.append(torch.rand(8))
     assert len({tuple(values.tolist()) for values in drawn}) == 4
-
-
-_FAULTS = """
-import resource, torch
-from megatron_sharedproj.device import get_device
-get_device().install()
-def faults():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(8):
-    torch.ones(1 << 24)
-before = faults()
-for _ in range(4):
-    torch.ones(1 << 24)
-print(faults() - before)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
-@pytest.mark.parametrize("own_setting", [False, True])
-def test_freed_memory_is_used_again(own_setting: bool) -> None:
-    """A tensor of 64 MiB has 16,384 pages; a user's own setting of malloc is respected."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    if own_setting:
-        environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
-    out = subprocess.run(
-        [sys.executable, "-c", _FAULTS], env=environment, capture_output=True, text=True, check=True
-    ).stdout
-    assert (int(out) > 60_000) == own_setting
-    assert (int(out) < 1_000) != own_setting

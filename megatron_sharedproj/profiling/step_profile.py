@@ -99,7 +99,8 @@ def trainer_of(args: argparse.Namespace) -> Iterator[Any]:
         with contextlib.redirect_stdout(sys.stderr):  # what the trainer says of itself is not the table
             trainer = build_trainer(*prepared)
         trainer.model.train()
-        yield trainer
+        with device.keep_freed_memory():  # as in the trainer's loop
+            yield trainer
     finally:
         distributed.finalize()
 

@@ -318,7 +318,7 @@ class Trainer:
             gc.disable()
             gc.collect()
         self.log.restart_clock()
-        with StopSignals() as signals:
+        with StopSignals() as signals, self.device.keep_freed_memory():
             while self.iteration < train.train_iters:
                 self.step(iterator)
                 if train.manual_gc_interval and self.iteration % train.manual_gc_interval == 0:
