@@ -58,6 +58,14 @@ DEEP = {
 DROPOUT = {
     "dropout": ("qk_eq_v", 0, {"num_layers": 4, "attention_dropout": 0.1, "hidden_dropout": 0.1}),
 }
+# Validated at the end, too.
+DEEP["deep qk_eq_v"][2]["eval_iters"] = 2
+DOCUMENTS = {
+    "documents": (
+        "qk_eq_v", 2,
+        {"num_layers": 4, "reset_attention_mask": True, "reset_position_ids": True, "eod_mask_loss": True},
+    ),
+}  # fmt: skip
 MASKED = {"masked": ("qk_eq_v", 2, {"eod_mask_loss": True})}
 # Those that go on under yet another layout.
 CARRIED = ("qk_eq_v", "Q-MQA", "deep qk_eq_v", "deep Q-MQA")
@@ -75,7 +83,7 @@ class Layout:
     models: dict[str, tuple[str, int, dict[str, Any]]] = field(default_factory=lambda: MODELS)
     saves: bool = False
     loads: tuple[str, ...] = ()
-    carried: tuple[str, ...] = tuple({**MODELS, **DEEP, **DROPOUT, **MASKED})
+    carried: tuple[str, ...] = tuple({**MODELS, **DEEP, **DROPOUT, **MASKED, **DOCUMENTS})
     trains: bool = True
 
 
@@ -106,6 +114,8 @@ LAYOUTS: dict[str, Layout] = {
         4, {**TP2, **PP2, **ONES}, {**DEEP, **DROPOUT}, saves=True, loads=("PP2 interleaved", "TP2xPP2"),
         carried=(*CARRIED, "dropout"),
     ),
+    "documents": Layout(1, {"micro_batch_size": 2}, DOCUMENTS),
+    "PP2 documents": Layout(2, {**PP2, **CHUNKS2, "micro_batch_size": 2}, DOCUMENTS),
     "PP2xDP2": Layout(4, {**PP2, **ONES, "overlap_grad_reduce": True}, DEEP),
     "PP2 interleaved xDP2": Layout(
         4, {**PP2, **CHUNKS2, **ONES, **FULL, "recompute_num_layers": 1, "overlap_grad_reduce": True}, DEEP
@@ -143,7 +153,11 @@ def watch(trainer: Any) -> list[int]:
 
 
 def run(line: list[str], waiting: list[list[int]] | None = None) -> list[list[float]]:
-    """Loss and gradient norm of every step that is left to do; ``waiting``: what :func:`watch` finds."""
+    """Loss and gradient norm of every step that is left to do, then validation loss and perplexity.
+
+    Args:
+        waiting: takes what :func:`watch` finds on every rank.
+    """
     trainer = tiny.trainer(line)
     trainer.log.enabled = False
     most = watch(trainer) if waiting is not None else []
@@ -154,6 +168,8 @@ def run(line: list[str], waiting: list[list[int]] | None = None) -> list[list[fl
         history.append([trainer.last_loss, trainer.last_grad_norm])
         if trainer.iteration == SAVED_AT and trainer.config.checkpoint.save:
             trainer.save()
+    if trainer.config.train.eval_iters:
+        history.append(list(trainer.evaluate().values()))
     if waiting is not None:
         waiting += [[]] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(waiting, most)
