@@ -47,7 +47,7 @@ def forward_step(
         boundary: token after which attention starts anew (``--reset-attention-mask``); None: nowhere.
     """
     if data_iterator is None:  # a middle pipeline stage needs none
-        return model(None, None, None), partial(_mean_loss, None, None)
+        return model(None, None, None), partial(_mean_loss, None)
     batch = next(data_iterator)
     tokens, labels, positions, mask = (
         batch[name].to(device, non_blocking=True)
@@ -67,11 +67,14 @@ def forward_step(
         losses = model(tokens, positions, None, labels=labels, packed_seq_params=documents)
         if losses.shape == labels.shape:  # not the hidden states of an earlier pipeline stage
             losses = losses.view_as(mask)
-    return losses, partial(_mean_loss, mask, scored)
+    return losses, partial(_mean_loss, mask, scored=scored)
 
 
-def _mean_loss(mask: Any, scored: Any, losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def _mean_loss(
+    mask: Any, losses: torch.Tensor, scored: torch.Tensor | None = None
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     # Of the whole sequence: context-parallel ranks have a part each, whose sum the schedule and we take.
+    scored = mask.sum() if scored is None else scored
     loss = (losses.float() * mask).sum() / scored.clamp(min=1)
     # A copy: Megatron's schedule divides the loss by the number of micro batches in place.
     return loss, {"lm loss": loss.detach().clone()}
