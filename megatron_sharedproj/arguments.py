@@ -155,6 +155,12 @@ _TABLE: dict[str, tuple[type, dict[str, str]]] = {
             "save": "folder for checkpoints (iter_NNNNNNN), configuration and logs",
             "load": "folder to resume from; a --save folder that has a checkpoint is resumed by itself",
             "save_interval": "steps between checkpoints",
+            "async_save": "copy the state to host memory and write it while training goes on",
+            "save_retain_interval": "keep checkpoints of every Nth step; delete the others but the last",
+            "most_recent_k": "keep the last N checkpoints (and --save-retain-interval's); delete the others; "
+            "-1: all",
+            "load_fallback": "where the checkpoint is damaged, go on from the newest that is whole",
+            "no_verify_integrity": "do not compare a checkpoint with its manifest before loading",
             "finetune": "take the weights only: step, data position, optimizer and RNG start anew",
             "no_load_optim": "do not load optimizer state",
             "no_load_rng": "do not load RNG state",

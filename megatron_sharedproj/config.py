@@ -236,6 +236,11 @@ class CheckpointConfig:
     save: str = ""
     load: str = ""
     save_interval: int = 1000
+    async_save: bool = False
+    save_retain_interval: int = 0
+    most_recent_k: int = -1
+    load_fallback: bool = False
+    no_verify_integrity: bool = False
     finetune: bool = False
     no_load_optim: bool = False
     no_load_rng: bool = False

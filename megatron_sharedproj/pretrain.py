@@ -12,6 +12,7 @@ import torch
 from megatron_sharedproj import distributed, formulas
 from megatron_sharedproj.arguments import build_parser, run_config
 from megatron_sharedproj.checkpointing import files
+from megatron_sharedproj.checkpointing.selection import Choice, agree, choose
 from megatron_sharedproj.command_line import print_error
 from megatron_sharedproj.config import RunConfig, to_dict, write_json
 from megatron_sharedproj.data.datasets import build_datasets, check_document_ends, resolve_blends
@@ -24,24 +25,38 @@ from megatron_sharedproj.quiet import quiet_libraries
 from megatron_sharedproj.validation import check_device, check_folders
 
 
-def find_checkpoint(config: RunConfig) -> Path | None:
+def find_checkpoint(config: RunConfig) -> Choice | None:
     """The checkpoint that a run starts from, checked against the run's model.
 
     A checkpoint in ``--save`` wins over ``--load``: a restarted run goes on where it was.
 
     Raises:
-        ValueError: if ``--load`` has none, or it is of another variant or shape.
+        ValueError: if ``--load`` has none, or it is damaged, or of another variant or shape.
     """
-    save, load = config.checkpoint.save, config.checkpoint.load
-    if save and files.latest_iteration(save) is not None:
-        folder, own = files.resolve_checkpoint(save, "--save"), True
+    options = config.checkpoint
+    save, load, verify = options.save, options.load, not options.no_verify_integrity
+    if save and files.has_checkpoint(save):
+        choice = choose(save, "--save", fallback=options.load_fallback, verify=verify)
     elif load and not (save and Path(load).resolve() == Path(save).resolve()):
-        folder, own = files.resolve_checkpoint(load), False
+        choice = choose(load, fallback=options.load_fallback, verify=verify)
     else:
         return None
+    check_checkpoint(config, choice)
+    return choice
+
+
+def check_checkpoint(config: RunConfig, choice: Choice) -> None:
+    """Whether a run can start from a checkpoint.
+
+    Raises:
+        ValueError: naming the flag that does not fit.
+    """
+    folder, own = choice.folder, choice.flag == "--save"
     saved = files.checkpoint_config(folder)
-    files.check_same_model(config.model, saved.model, folder, "--save" if own else "--load")
-    done = 0 if config.checkpoint.finetune and not own else files.train_state(folder)["iteration"]
+    files.check_same_model(config.model, saved.model, folder, choice.flag)
+    state = files.train_state(folder)
+    files.check_engine(folder, state)
+    done = 0 if config.checkpoint.finetune and not own else state["iteration"]
     if done > config.train.train_iters:
         raise ValueError(
             f"--train-iters {config.train.train_iters}: the checkpoint in {folder.parent} is at iteration "
@@ -64,7 +79,6 @@ def find_checkpoint(config: RunConfig) -> Path | None:
     if own:
         # The run's own checkpoint: --finetune was about the start, not about a restart.
         config.checkpoint.finetune = False
-    return folder
 
 
 def attention_path(config: RunConfig, device: Device) -> paths.Path:
@@ -89,7 +103,7 @@ def attention_path(config: RunConfig, device: Device) -> paths.Path:
     )
 
 
-def prepare(args: Any) -> tuple[RunConfig, Any, list[Any], Device, Path | None]:
+def prepare(args: Any) -> tuple[RunConfig, Any, list[Any], Device, Choice | None]:
     """Everything that can be wrong with the flags, checked before any process group exists.
 
     Raises:
@@ -120,7 +134,7 @@ def prepare(args: Any) -> tuple[RunConfig, Any, list[Any], Device, Path | None]:
 
 
 def build_trainer(
-    config: RunConfig, tokenizer: Any, blends: list[Any], device: Device, checkpoint: Path | None
+    config: RunConfig, tokenizer: Any, blends: list[Any], device: Device, choice: Choice | None
 ) -> Any:
     """Model, optimizer, data and state of a run, ready to train."""
     from megatron.core import parallel_state
@@ -133,6 +147,8 @@ def build_trainer(
     from megatron_sharedproj.training.loop import Trainer
 
     train = config.train
+    choice = _verified(config, choice)
+    checkpoint = choice.folder if choice else None
     local = device.current()
     world = torch.distributed.get_world_size()
     log = TrainingLog(
@@ -193,15 +209,32 @@ def build_trainer(
         schedule=schedule, train_data=train_data, valid_data=valid_data, test_data=test_data, log=log,
         boundary=tokenizer.eod if config.data.reset_attention_mask else None,
     )  # fmt: skip
-    if checkpoint is not None:
-        _resume(trainer, checkpoint, load_checkpoint)
+    if choice is not None:
+        for note in choice.notes:
+            log.message(note)
+        trainer.saver.damaged.update(choice.skipped)
+        _resume(trainer, choice.folder, load_checkpoint)
     # Only now, when all of it stands, is anything written to the run folder.
     if config.checkpoint.save and distributed.is_rank_0():
         Path(config.checkpoint.save).mkdir(parents=True, exist_ok=True)
         write_json(Path(config.checkpoint.save) / files.RUN_CONFIG, to_dict(config))
+        if choice is not None and choice.skipped and choice.flag == "--save":
+            # What is damaged stays, but is no longer latest: it may be replaced, even by a killed save.
+            files.write_tracker(config.checkpoint.save, trainer.iteration)
     log.open()
     _report_protocol(trainer, tokenizer.eod)
     return trainer
+
+
+def _verified(config: RunConfig, choice: Choice | None) -> Choice | None:
+    """The checkpoint after all ranks have read it; with --load-fallback perhaps another one."""
+    if choice is None:
+        return None
+    options = config.checkpoint
+    whole = agree(choice, fallback=options.load_fallback, verify=not options.no_verify_integrity)
+    if whole.folder != choice.folder:
+        check_checkpoint(config, whole)
+    return whole
 
 
 def _report_protocol(trainer: Any, eod: int) -> None:
@@ -235,6 +268,7 @@ def _resume(trainer: Any, folder: Path, load_checkpoint: Any) -> None:
         model=trainer.bare_model,
         optimizer=trainer.optimizer if with_optimizer else None,
         load_rng=not (fresh or options.no_load_rng),
+        verify=False,  # done: _verified
     )
     if not with_optimizer:
         trainer.optimizer.reload_model_params()  # the fp32 master weights of a bf16 or fp16 run
@@ -278,7 +312,13 @@ def _apply_adam_flags(trainer: Any) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point. Returns the exit code: 0 done, 2 a mistake in the flags, 128 + n stopped by signal n."""
+    """Entry point.
+
+    Returns:
+        The exit code: 0 done, 2 a mistake in the flags or a damaged checkpoint, 3 a checkpoint could not be
+        written (disk full; the previous one is as it was), 128 + n stopped by signal n. torchrun itself exits
+        with 1 for any of them but 0.
+    """
     quiet_libraries()
     args = build_parser().parse_args(argv)
     try:
@@ -295,10 +335,12 @@ def main(argv: list[str] | None = None) -> int:
         code = trainer.train()
         trainer.log.close()
     except (ValueError, RuntimeError) as error:
+        from megatron_sharedproj.checkpointing.saver import SaveError
+
         if not _expected(error):
             raise
         print_error(error)
-        return 2
+        return 3 if isinstance(error, SaveError) else 2
     distributed.finalize()
     return code
 

@@ -104,6 +104,7 @@ def check_train(config: RunConfig, data_parallel_size: int) -> None:
         if interval < 1:
             hint = " (--eval-iters 0 turns validation off)" if flag == "--eval-interval" else ""
             raise ValueError(f"{flag} {interval}: must be at least 1{hint}")
+    _check_retention(config)
     step = train.micro_batch_size * data_parallel_size
     if train.global_batch_size % step:
         nearest = max(step, round(train.global_batch_size / step) * step)
@@ -140,6 +141,17 @@ def check_train(config: RunConfig, data_parallel_size: int) -> None:
         raise ValueError("--deterministic-mode: --cross-entropy-loss-fusion is not deterministic; drop one")
     if train.bf16 and train.fp16:
         raise ValueError("--bf16: --fp16 is given too; give one")
+
+
+def _check_retention(config: RunConfig) -> None:
+    options = config.checkpoint
+    every = options.save_retain_interval
+    if every < 0 or every % options.save_interval:
+        raise ValueError(
+            f"--save-retain-interval {every}: must be a multiple of --save-interval {options.save_interval}"
+        )
+    if options.most_recent_k < 1 and options.most_recent_k != -1:
+        raise ValueError(f"--most-recent-k {options.most_recent_k}: must be at least 1, or -1 for all")
 
 
 def check_folders(config: RunConfig) -> None:

@@ -136,7 +136,7 @@ def convert(args: argparse.Namespace, found: Released, fields: dict[str, object]
     """Write aside, check, publish; nothing is left of a run that fails."""
     import torch
 
-    from megatron_sharedproj.checkpointing import files
+    from megatron_sharedproj.checkpointing import files, manifest
     from megatron_sharedproj.config import to_dict, write_json
     from megatron_sharedproj.conversion.megatron_checkpoint import imported_run, write_checkpoint
     from megatron_sharedproj.conversion.released_checkpoints import record_training
@@ -153,6 +153,7 @@ def convert(args: argparse.Namespace, found: Released, fields: dict[str, object]
         folder = write_checkpoint(aside, run, found.tensors, iteration=found.step, train_state=provenance)
         run.checkpoint.save = str(args.save)
         write_json(folder / files.RUN_CONFIG, to_dict(run))
+        manifest.update_manifest(folder, files.RUN_CONFIG)
         if args.no_check:
             print("  not checked (--no-check)")
         else:

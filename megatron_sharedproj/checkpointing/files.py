@@ -4,22 +4,25 @@
 <save>/iter_0001000/                           torch_dist shards (.metadata, *.distcp, common.pt)
 <save>/iter_0001000/run_config.json            RunConfig: all arguments
 <save>/iter_0001000/train_state.json           iteration, consumed samples, schedule
+<save>/iter_0001000/manifest.json              size and checksum of each of these files (manifest.py)
 """
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import pickle
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from megatron_sharedproj.checkpointing import manifest
 from megatron_sharedproj.config import ModelConfig, RunConfig, from_dict
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RUN_CONFIG = "run_config.json"
 TRAIN_STATE = "train_state.json"
+_NEXT_TRACKER = f".{TRACKER}.tmp"
+_NEEDED = (RUN_CONFIG, TRAIN_STATE, "metadata.json", ".metadata")
 
 # Fields that shape neither the weights nor the function of an evaluated model.
 _FREE_FIELDS = {"attention_dropout", "hidden_dropout", "init_method_std", "scaled_init"}
@@ -30,46 +33,81 @@ def iteration_dir(root: str | Path, iteration: int) -> Path:
     return Path(root) / f"iter_{iteration:07d}"
 
 
+def iteration_of(folder: str | Path) -> int | None:
+    """The iteration that a folder's name says, or None for another name."""
+    digits = Path(folder).name.removeprefix("iter_")
+    return int(digits) if Path(folder).name.startswith("iter_") and digits.isdecimal() else None
+
+
+def iteration_dirs(root: str | Path) -> list[Path]:
+    """All checkpoint folders of a --save folder, the newest first, whatever their state."""
+    found = [path for path in Path(root).glob("iter_*") if iteration_of(path) is not None and path.is_dir()]
+    return sorted(found, key=lambda path: iteration_of(path) or 0, reverse=True)
+
+
+def has_checkpoint(root: str | Path) -> bool:
+    """Whether a folder holds a checkpoint, or what is left of one."""
+    return (Path(root) / TRACKER).exists() or bool(iteration_dirs(root))
+
+
 def latest_iteration(root: str | Path) -> int | None:
-    """The last complete iteration of a checkpoint folder, or None where there is none.
+    """The last complete iteration of a checkpoint folder, or None where no file names one.
 
     Raises:
         ValueError: if the tracker file does not hold a number.
     """
     tracker = Path(root) / TRACKER
-    if not tracker.is_file():
+    announced = _announced_iteration(Path(root))
+    try:
+        text = tracker.read_bytes().decode(errors="replace").strip()
+    except FileNotFoundError:
+        return announced
+    except OSError as error:
+        raise ValueError(f"checkpoint {tracker}: cannot be read ({error.strerror})") from None
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(
+            f"checkpoint {tracker}: holds {text[:40]!r}, not an iteration number; correct it or remove it"
+        )
+    return max(int(text), announced or 0)
+
+
+def _announced_iteration(root: Path) -> int | None:
+    # Of a save that was killed between its last two renames: complete, and not named yet.
+    try:
+        text = (root / _NEXT_TRACKER).read_bytes()
+    except OSError:
         return None
-    text = tracker.read_text().strip()
-    if not text.isdigit():
-        raise ValueError(
-            f"checkpoint {tracker}: holds {text!r}, not an iteration number; correct it or remove it"
-        )
-    return int(text)
+    if text.isdigit() and (iteration_dir(root, int(text)) / manifest.MANIFEST).is_file():
+        return int(text)
+    return None
 
 
-def resolve_checkpoint(path: str | Path, flag: str = "--load") -> Path:
-    """The iteration folder that ``path`` names: a checkpoint root (its latest) or the folder itself.
+def missing_files(folder: Path, *, promised: bool = True) -> list[str]:
+    """What every checkpoint has and this folder lacks: checkpoints without a manifest can be checked so.
 
-    Raises:
-        ValueError: if there is no complete checkpoint.
+    Args:
+        promised: the manifest, too, if the training state says that there was one.
     """
-    path = Path(path)
-    if (path / RUN_CONFIG).is_file() and (path / "metadata.json").is_file():
-        return path
-    iteration = latest_iteration(path)
-    if iteration is None:
-        raise ValueError(
-            f"{flag} {path}: no checkpoint there ({TRACKER} is missing); give a --save folder of a training "
-            "run, or one of its iter_NNNNNNN folders"
-        )
-    folder = iteration_dir(path, iteration)
-    for name in (RUN_CONFIG, "metadata.json", ".metadata"):
-        if not (folder / name).is_file():
-            raise ValueError(
-                f"{flag} {path}: {folder / name} is missing, the checkpoint is not complete; load another "
-                "iter_NNNNNNN folder"
-            )
-    return folder
+    if not folder.is_dir():
+        return [f"{folder.name} (missing)"]
+    lacking = [f"{name} (missing)" for name in _NEEDED if not (folder / name).is_file()]
+    if promised and not (folder / manifest.MANIFEST).is_file() and _promises_manifest(folder):
+        lacking.append(f"{manifest.MANIFEST} (missing)")
+    return lacking
+
+
+def _promises_manifest(folder: Path) -> bool:
+    try:
+        return bool(_read_json(folder / TRAIN_STATE).get("has_manifest"))
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def checkpoint_config(folder: str | Path) -> RunConfig:
@@ -80,7 +118,7 @@ def checkpoint_config(folder: str | Path) -> RunConfig:
     """
     path = Path(folder) / RUN_CONFIG
     try:
-        return from_dict(RunConfig, json.loads(path.read_text()))
+        return from_dict(RunConfig, _read_json(path))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"checkpoint {path}: not a readable run configuration ({error})") from None
 
@@ -93,7 +131,7 @@ def train_state(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / TRAIN_STATE
     try:
-        state = json.loads(path.read_text())
+        state = _read_json(path)
         return {
             **state,
             "iteration": int(state["iteration"]),
@@ -103,6 +141,24 @@ def train_state(folder: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"checkpoint {path}: not a readable training state ({error}); use another iter_NNNNNNN folder"
         ) from None
+
+
+def check_engine(folder: str | Path, state: dict[str, Any]) -> None:
+    """Refuse a checkpoint that the installed Megatron-Core is too old to read.
+
+    Megatron-Core 0.17 moved the common state from common.pt into the shards; it still reads common.pt.
+
+    Raises:
+        ValueError: naming both versions.
+    """
+    here = version("megatron-core")
+    if tuple(int(part) for part in here.split(".")[:2]) >= (0, 17) or (Path(folder) / "common.pt").is_file():
+        return
+    saved = state.get("megatron_core", "0.17 or later")
+    raise ValueError(
+        f"--load {folder}: written with megatron-core {saved}, which megatron-core {here} cannot read; load "
+        "it with 0.17 or later (Python 3.12)"
+    )
 
 
 def changed_training(saved: RunConfig, wanted: RunConfig) -> list[str]:
@@ -172,59 +228,13 @@ _DATA_FIELDS = (
 )
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    """Reads .metadata with the classes it consists of, and refuses all others."""
-
-    _MODULES = (
-        "torch.distributed.checkpoint.metadata",
-        "torch.distributed.checkpoint.filesystem",
-        "torch.distributed.checkpoint.planner",
-        "megatron.core.dist_checkpointing.strategies.torch",
-    )
-    _NAMES = {
-        ("torch", "Size"),
-        ("torch.serialization", "_get_layout"),
-        ("collections", "OrderedDict"),
-        ("collections", "defaultdict"),
-        ("builtins", "list"),
-        ("pathlib", "PosixPath"),
-        ("pathlib._local", "PosixPath"),
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        # A dotted name could walk from an allowed module to any other.
-        if "." not in name:
-            found = super().find_class(module, name) if module in (*self._MODULES, "torch") else None
-            is_data_class = module in self._MODULES and isinstance(found, type)
-            is_plain = isinstance(found, _plain_torch_types())
-            if is_data_class or is_plain or (module, name) in self._NAMES:
-                return found if found is not None else super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in checkpoint metadata")
-
-
-def _plain_torch_types() -> tuple[type, ...]:
-    import torch
-
-    return (torch.dtype, torch.layout, torch.memory_format)
-
-
-def read_metadata(folder: str | Path) -> Any:
-    """torch.distributed.checkpoint Metadata of a checkpoint, through a restricted unpickler.
-
-    torch's own reader unpickles this file with no restriction, so it is checked here first.
-
-    Raises:
-        ValueError: if the file holds anything but metadata.
-    """
-    path = Path(folder) / ".metadata"
-    try:
-        return _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as error:
-        raise ValueError(f"checkpoint {path}: not checkpoint metadata ({error}); refused") from None
+def announce_tracker(root: str | Path, iteration: int) -> None:
+    """Write the tracker's next contents aside and sync them: the folder of that iteration comes next."""
+    manifest.write_durable(Path(root) / _NEXT_TRACKER, str(iteration).encode())
 
 
 def write_tracker(root: str | Path, iteration: int) -> None:
-    """Name the latest complete iteration, atomically."""
-    temporary = Path(root) / f".{TRACKER}.tmp"
-    temporary.write_text(str(iteration))
-    os.replace(temporary, Path(root) / TRACKER)
+    """Name the latest complete iteration, atomically and durably."""
+    announce_tracker(root, iteration)
+    os.replace(Path(root) / _NEXT_TRACKER, Path(root) / TRACKER)
+    manifest.sync_folder(Path(root))

@@ -1,14 +1,14 @@
-"""Saving and loading the sharded state: weights, optimizer, random streams.
+"""The sharded state (weights, optimizer, random streams) and loading it, at any tensor-parallel size.
 
-A save goes to a hidden folder, is renamed when every rank has written, and only then named latest, so an
-interrupted save leaves the previous checkpoint as it was. It loads at any tensor-parallel size.
+Nothing is used of a checkpoint before its files were compared with its manifest, and nothing that it holds is
+unpickled without restriction.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,42 +16,16 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    TorchDistSaveShardedStrategy,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from megatron_sharedproj.checkpointing import files
+from megatron_sharedproj.checkpointing import files, metadata
 from megatron_sharedproj.checkpointing.distributed_optimizer import sharded_state
-from megatron_sharedproj.config import RunConfig, to_dict, write_json
+from megatron_sharedproj.checkpointing.selection import Choice, agree
 from megatron_sharedproj.device import Device
 
 _RNG_KEY = "rng_state"
-
-
-class InProcessSave(TorchDistSaveShardedStrategy):
-    """torch_dist shards written by torch's own writer, in this process.
-
-    Megatron's default forks writer processes behind a Manager, 1.7-4 s for a small model against 0.1 s;
-    the files are the same format. The key translation has no public name.
-    """
-
-    def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
-        state, _, _ = _replace_state_dict_keys_with_sharded_keys(
-            sharded_state_dict, self.keep_only_main_replica
-        )
-        torch_checkpoint.save(
-            mcore_to_pyt_state_dict(state, False),
-            storage_writer=torch_checkpoint.FileSystemWriter(str(checkpoint_dir)),
-            planner=MCoreSavePlanner(
-                dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False
-            ),
-        )
 
 
 def _rng_tensors(device: Device) -> dict[str, ShardedTensor]:
@@ -72,43 +46,25 @@ def _restore_rng(loaded: dict[str, torch.Tensor], device: Device) -> None:
     get_cuda_rng_tracker().set_states(states)
 
 
-def save_checkpoint(
-    config: RunConfig, device: Device, *, model: Any, optimizer: Any, train_state: dict[str, Any]
-) -> Path:
-    """Write ``<save>/iter_NNNNNNN`` and name it latest. Collective.
+def chunks(model: Any) -> list[Any]:
+    """The GPTModels of a rank: one, or the chunks of an interleaved pipeline stage."""
+    return list(model) if isinstance(model, (list, tuple)) else [model]
 
-    Args:
-        model: the unwrapped GPTModel.
-        optimizer: Megatron optimizer, or None to save weights only.
-        train_state: JSON-ready; holds ``iteration``.
-    """
-    root, iteration = Path(config.checkpoint.save), train_state["iteration"]
-    final = files.iteration_dir(root, iteration)
-    aside = root / f".{final.name}.tmp"
-    first = torch.distributed.get_rank() == 0
-    if first:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    torch.distributed.barrier()
-    state: dict[str, Any] = {"model": model.sharded_state_dict()}
+
+def _model_state(model: Any) -> dict[str, Any]:
+    """Sharded state of every chunk under Megatron-LM's names; the keys that are stored do not hold them."""
+    parts = chunks(model)
+    names = ["model"] if len(parts) == 1 else [f"model{index}" for index in range(len(parts))]
+    return {name: part.sharded_state_dict() for name, part in zip(names, parts, strict=True)}
+
+
+def state_to_save(model: Any, optimizer: Any, device: Device) -> dict[str, Any]:
+    """The sharded state of this rank: weights, optimizer (if any), random streams."""
+    state = _model_state(model)
     if optimizer is not None:
-        state["optimizer"] = sharded_state(optimizer, state["model"], device)
+        state["optimizer"] = sharded_state(optimizer, dict(state), device)
     state[_RNG_KEY] = _rng_tensors(device)
-    dist_checkpointing.save(state, str(aside), InProcessSave("torch_dist", 1))
-    if first:
-        write_json(aside / files.RUN_CONFIG, to_dict(config))
-        write_json(
-            aside / files.TRAIN_STATE, {**train_state, "world_size": torch.distributed.get_world_size()}
-        )
-        replaced = root / f".{final.name}.old"
-        shutil.rmtree(replaced, ignore_errors=True)
-        if final.exists():
-            os.replace(final, replaced)
-        os.replace(aside, final)
-        files.write_tracker(root, iteration)
-        shutil.rmtree(replaced, ignore_errors=True)
-    torch.distributed.barrier()
-    return final
+    return state
 
 
 @contextlib.contextmanager
@@ -140,7 +96,7 @@ def _drop_extra_state(state: Any) -> Any:
 
 
 def _check_readable(state: Any, folder: Path) -> None:
-    known = files.read_metadata(folder).state_dict_metadata
+    known = metadata.read_metadata(folder).state_dict_metadata
     wanted: list[str] = []
 
     def collect(value: Any) -> None:
@@ -167,6 +123,18 @@ def _check_readable(state: Any, folder: Path) -> None:
         )
 
 
+def verify_checkpoint(folder: Path) -> None:
+    """Compare all files of a checkpoint with its manifest. Collective; each rank reads its share.
+
+    Raises:
+        ValueError: naming every damaged file.
+    """
+    notes = agree(Choice(folder, folder)).notes
+    if torch.distributed.get_rank() == 0:
+        for note in notes:
+            print(note, file=sys.stderr)
+
+
 def load_checkpoint(
     folder: Path,
     device: Device,
@@ -174,23 +142,29 @@ def load_checkpoint(
     model: Any,
     optimizer: Any = None,
     load_rng: bool = False,
+    verify: bool = True,
 ) -> tuple[dict[str, Any], bool]:
     """Load weights, and where given optimizer and random streams. Collective; any tensor-parallel size.
 
     Args:
-        folder: an iteration folder (files.resolve_checkpoint).
-        model: the unwrapped GPTModel.
+        folder: an iteration folder (selection.resolve_checkpoint).
+        model: the unwrapped GPTModel, or the list of an interleaved stage's chunks.
         optimizer: Megatron optimizer, or None.
         load_rng: restore the random streams if the ranks and their layout are the same.
+        verify: compare the files with the manifest first (:func:`verify_checkpoint`).
     Returns:
         The checkpoint's train state, and whether the random streams were restored.
     Raises:
-        ValueError: if something that was asked for is not there, or would have to be unpickled.
+        ValueError: if a file is damaged, or what was asked for is not there or would have to be unpickled.
     """
+    if verify:
+        verify_checkpoint(folder)
     train_state = files.train_state(folder)
-    state: dict[str, Any] = {"model": _drop_extra_state(model.sharded_state_dict())}
+    files.check_engine(folder, train_state)
+    models = _model_state(model)
+    state: dict[str, Any] = {name: _drop_extra_state(part) for name, part in models.items()}
     if optimizer is not None:
-        state["optimizer"] = sharded_state(optimizer, state["model"], device, is_loading=True)
+        state["optimizer"] = sharded_state(optimizer, dict(state), device, is_loading=True)
     same_ranks = train_state.get("world_size") == torch.distributed.get_world_size()
     saved = files.checkpoint_config(folder).parallel
     sizes = (
@@ -219,10 +193,11 @@ def load_checkpoint(
         # Megatron-Core reports damage in many ways, an AttributeError for a missing common.pt among them.
         reason = (str(error).splitlines() or [""])[0]
         raise ValueError(f"--load {folder}: cannot be read ({type(error).__name__}: {reason})") from error
-    result = model.load_state_dict(loaded["model"], strict=False)
-    absent = [key for key in result.missing_keys if not key.endswith("_extra_state")]
-    if absent or result.unexpected_keys:
-        raise ValueError(f"--load {folder}: missing {absent}, unexpected {result.unexpected_keys}")
+    for name, part in zip(models, chunks(model), strict=True):
+        result = part.load_state_dict(loaded[name], strict=False)
+        absent = [key for key in result.missing_keys if not key.endswith("_extra_state")]
+        if absent or result.unexpected_keys:
+            raise ValueError(f"--load {folder}: missing {absent}, unexpected {result.unexpected_keys}")
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
     if _RNG_KEY in state:

@@ -63,7 +63,7 @@ def write_checkpoint(
     device = get_device()
     distributed.initialize(device, seed=run.train.seed)
 
-    from megatron_sharedproj.checkpointing.sharded import save_checkpoint
+    from megatron_sharedproj.checkpointing.saver import SaveError, save_checkpoint
     from megatron_sharedproj.model import build_model
 
     dtype = getattr(torch, run.train.params_dtype)
@@ -84,10 +84,12 @@ def write_checkpoint(
             optimizer=None,
             train_state={"iteration": iteration, "consumed_samples": 0, **(train_state or {})},
         )
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(
             created or save / f".{files.iteration_dir(save, iteration).name}.tmp", ignore_errors=True
         )
+        if isinstance(error, SaveError):
+            raise OSError(error.reason) from error  # the tools name their own flag
         raise
 
 

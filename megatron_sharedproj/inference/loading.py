@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_sharedproj import distributed
-from megatron_sharedproj.checkpointing import files
+from megatron_sharedproj.checkpointing import files, resolve_checkpoint
 from megatron_sharedproj.config import DataConfig, ParallelConfig, RunConfig
 from megatron_sharedproj.data.tokenizers import build_tokenizer
 from megatron_sharedproj.device import get_device
@@ -43,6 +43,11 @@ def add_loading_args(parser: argparse.ArgumentParser, *, parallel: bool = True) 
     group.add_argument(
         "--load", required=True, metavar="PATH", help="a --save folder, or one iter_NNNNNNN of it"
     )
+    group.add_argument(
+        "--no-verify-integrity",
+        action="store_true",
+        help="do not compare the checkpoint with the checksums in its manifest",
+    )
     group.add_argument("--tokenizer-type", help="instead of the run's tokenizer")
     group.add_argument("--tokenizer-model", help="directory of the tokenizer, where it moved")
     group.add_argument("--vocab-file")
@@ -62,7 +67,9 @@ def load_model(args: argparse.Namespace, *, parallel_output: bool) -> LoadedMode
     Raises:
         ValueError: naming the flag, its value and the remedy.
     """
-    folder = files.resolve_checkpoint(args.load)
+    verify = not getattr(args, "no_verify_integrity", False)
+    folder = resolve_checkpoint(args.load, verify=verify)
+    files.check_engine(folder, files.train_state(folder))
     config = files.checkpoint_config(folder)
     data: DataConfig = config.data
     tokenizer = build_tokenizer(
@@ -92,7 +99,7 @@ def load_model(args: argparse.Namespace, *, parallel_output: bool) -> LoadedMode
     # Both implementations save under the same names: what Transformer Engine trained runs without it.
     parallel = ParallelConfig(tensor_model_parallel_size=tp)
     model = build_model(config.model, parallel, parallel_output=parallel_output)
-    state, _ = load_checkpoint(folder, device, model=model)
+    state, _ = load_checkpoint(folder, device, model=model, verify=verify)
     if args.bf16:
         model = model.bfloat16()
         model.config.params_dtype = torch.bfloat16

@@ -18,7 +18,7 @@ import torch.distributed
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_sharedproj.checkpointing.sharded import save_checkpoint
+from megatron_sharedproj.checkpointing.saver import CheckpointSaver, Saved
 from megatron_sharedproj.config import RunConfig
 from megatron_sharedproj.data.datasets import build_iterator
 from megatron_sharedproj.data.padded import real_token_share
@@ -111,6 +111,10 @@ class Trainer:
     last_loss: float = math.nan
     last_grad_norm: float | None = None
     last_saved: int = -1
+    saver: CheckpointSaver = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.saver = CheckpointSaver(self.config, self.device)
 
     @property
     def model(self) -> Any:
@@ -171,6 +175,7 @@ class Trainer:
         )
         loss = self._schedule_step(iterator, micro_batches, forward_only=False)
         if not math.isfinite(loss) or not self._gradients_are_finite():
+            self.finish_save()
             what = f"loss is {loss}" if not math.isfinite(loss) else "loss is finite but its gradient is not"
             saved = (
                 f"the last checkpoint is iteration {self.last_saved}"
@@ -275,20 +280,23 @@ class Trainer:
         ]
         return iterators if len(iterators) > 1 else iterators[0]
 
-    def save(self) -> None:
-        """Write a checkpoint of this iteration, unless there is one already."""
+    def save(self, *, last: bool = False) -> None:
+        """Save this iteration, unless that is done already; with --async-save training goes on meanwhile.
+
+        Args:
+            last: no training follows: complete on return.
+        """
         checkpoint = self.config.checkpoint
-        if not checkpoint.save or self.last_saved == self.iteration:
+        if not checkpoint.save or self.iteration in (self.last_saved, self.saver.pending):
             return
-        start = time.perf_counter()
+        self.finish_save()
         if self.config.parallel.overlap_param_gather:
             # The gather would run in the next forward pass; until then a rank has updated its shard only.
             for chunk in self.chunks:
                 chunk.start_param_sync(force_sync=True)
         padded = self.config.data.data_protocol == "padded"
-        folder = save_checkpoint(
-            self.config,
-            self.device,
+        behind = checkpoint.async_save and not last
+        self.saver.begin(
             model=self.bare_model,
             optimizer=None if checkpoint.no_save_optim else self.optimizer,
             train_state={
@@ -299,9 +307,23 @@ class Trainer:
                 "schedule": self.schedule.state_dict(),
                 "log": self.log.state(),
             },
+            copy=behind,
         )
-        self.last_saved = self.iteration
-        self.log.message(f"saved checkpoint {folder} in {time.perf_counter() - start:.2f} s")
+        if not behind:
+            self.finish_save()
+
+    def finish_save(self) -> None:
+        """Complete the save under way, if there is one; waits for it."""
+        self._saved(self.saver.complete())
+
+    def _saved(self, saved: Saved | None) -> None:
+        if saved is not None:
+            self.last_saved = saved.iteration
+            behind = saved.iteration != self.iteration
+            waited = f", {saved.lost:.2f} s of it in the way of training" if behind else ""
+            self.log.message(f"saved checkpoint {saved.folder} in {saved.seconds:.2f} s{waited}")
+            if saved.deleted:
+                self.log.message(f"deleted {', '.join(folder.name for folder in saved.deleted)}")
 
     def train(self) -> int:
         """Train to ``--train-iters``.
@@ -331,6 +353,8 @@ class Trainer:
                     self.evaluate()
                 if self.iteration % self.config.checkpoint.save_interval == 0:
                     self.save()
+                elif self.saver.pending is not None:
+                    self._saved(self.saver.poll())
                 self.log.resume(paused)
                 if signals.any_rank(self.torch_device):
                     stopped = 128 + (signals.received or 15)
@@ -345,7 +369,8 @@ class Trainer:
                 if train.exit_interval and self.iteration % train.exit_interval == 0:
                     self.log.message(f"stopped by --exit-interval at iteration {self.iteration}")
                     break
-            self.save()
+            self.save(last=True)
+            self.finish_save()
         if stopped is None and self.iteration >= train.train_iters:
             self.evaluate()
             self.evaluate("test")

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sharedproj import distributed
-from megatron_sharedproj.checkpointing import files
+from megatron_sharedproj.checkpointing import files, resolve_checkpoint
 from megatron_sharedproj.device import get_device
 from megatron_sharedproj.quiet import quiet_libraries
 
 
 def save(folder: Path, run: Any, model: Any) -> None:
     """A checkpoint as the trainer leaves one after 3 steps, without optimizer."""
-    from megatron_sharedproj.checkpointing.sharded import save_checkpoint
+    from megatron_sharedproj.checkpointing.saver import save_checkpoint
 
     folder.mkdir(parents=True, exist_ok=True)
     run.checkpoint.save = str(folder)
@@ -38,7 +38,7 @@ def main() -> None:
     from megatron_sharedproj.model import build_model
 
     for folder in sorted(source.iterdir()):
-        found = files.resolve_checkpoint(folder)
+        found = resolve_checkpoint(folder)
         run = files.checkpoint_config(found)
         run.parallel = ParallelConfig(tensor_model_parallel_size=size)
         model = build_model(run.model, run.parallel)

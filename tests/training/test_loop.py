@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import tiny
-from megatron_sharedproj.checkpointing import files
+from megatron_sharedproj.checkpointing import files, resolve_checkpoint
 from megatron_sharedproj.reporting.plots import load_run
 
 pytestmark = pytest.mark.usefixtures("parallel_state")
@@ -444,7 +444,7 @@ def test_a_signal_stops_after_the_step_and_saves(
     trainer.log.close()
     assert trainer.iteration == step
     assert files.latest_iteration(tmp_path / "run") == step
-    assert files.train_state(files.resolve_checkpoint(tmp_path / "run"))["consumed_samples"] == 4 * step
+    assert files.train_state(resolve_checkpoint(tmp_path / "run"))["consumed_samples"] == 4 * step
     assert [signal.getsignal(n) for n in watched] == before
     # A stopped run does not spend its grace period on a validation.
     assert not load_run(tmp_path / "run").validation

@@ -201,23 +201,23 @@ def _with(base: ModelConfig, variant: str, groups: int) -> ModelConfig:
 
 def _loaded_config(path: Path) -> ModelConfig:
     """The configuration of a run, a checkpoint or an export; no weights are read."""
-    from megatron_sharedproj.checkpointing import files
+    from megatron_sharedproj.checkpointing import files, selection
     from megatron_sharedproj.conversion.config_map import model_config
 
     flag = f"--load {path}"
-    if (path / files.RUN_CONFIG).is_file():
+    if (path / files.RUN_CONFIG).is_file() and files.iteration_of(path) is None:
         return files.checkpoint_config(path).model
     if (path / "config.json").is_file():
         try:
             return model_config(json.loads((path / "config.json").read_text(encoding="utf-8")))
         except (OSError, ValueError, AttributeError, TypeError) as error:
             raise ValueError(f"{flag}: config.json is not one of this package's exports ({error})") from None
-    if files.latest_iteration(path) is None:
+    if files.iteration_of(path) is None and not files.has_checkpoint(path):
         raise ValueError(
             f"{flag}: holds neither {files.RUN_CONFIG} nor config.json; give a --save folder of a training "
             "run, one of its iter_NNNNNNN folders, or an exported model"
         )
-    return files.checkpoint_config(files.resolve_checkpoint(path)).model
+    return files.checkpoint_config(selection.resolve_checkpoint(path)).model
 
 
 def _flag(name: str) -> str:
