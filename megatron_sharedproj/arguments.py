@@ -161,6 +161,7 @@ _TABLE: dict[str, tuple[type, dict[str, str]]] = {
             "-1: all",
             "load_fallback": "where the checkpoint is damaged, go on from the newest that is whole",
             "no_verify_integrity": "do not compare a checkpoint with its manifest before loading",
+            "override_data_fingerprint": "resume although the training data are others than the checkpoint's",
             "finetune": "take the weights only: step, data position, optimizer and RNG start anew",
             "no_load_optim": "do not load optimizer state",
             "no_load_rng": "do not load RNG state",

@@ -241,6 +241,7 @@ class CheckpointConfig:
     most_recent_k: int = -1
     load_fallback: bool = False
     no_verify_integrity: bool = False
+    override_data_fingerprint: bool = False
     finetune: bool = False
     no_load_optim: bool = False
     no_load_rng: bool = False

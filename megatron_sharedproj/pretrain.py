@@ -16,6 +16,7 @@ from megatron_sharedproj.checkpointing.selection import Choice, agree, choose
 from megatron_sharedproj.command_line import print_error
 from megatron_sharedproj.config import RunConfig, to_dict, write_json
 from megatron_sharedproj.data.datasets import build_datasets, check_document_ends, resolve_blends
+from megatron_sharedproj.data.fingerprint import check_same_data, fingerprint
 from megatron_sharedproj.data.padded import real_token_share
 from megatron_sharedproj.data.tokenizers import build_tokenizer
 from megatron_sharedproj.device import Device, get_device
@@ -81,6 +82,15 @@ def check_checkpoint(config: RunConfig, choice: Choice) -> None:
         config.checkpoint.finetune = False
 
 
+def check_data(config: RunConfig, choice: Choice, blends: list[Any]) -> None:
+    """Refuse to resume with other training data than the checkpoint's. Raises ValueError."""
+    options = config.checkpoint
+    if not (options.finetune or options.override_data_fingerprint):
+        saved = files.train_state(choice.folder).get("data_fingerprint")
+        if saved:
+            check_same_data(saved, fingerprint(config.data, config.train, blends), choice.folder)
+
+
 def attention_path(config: RunConfig, device: Device) -> paths.Path:
     """The attention path of the run's training steps.
 
@@ -125,6 +135,8 @@ def prepare(args: Any) -> tuple[RunConfig, Any, list[Any], Device, Choice | None
         validate=config.train.eval_iters > 0,
         tokenizer=(config.data.tokenizer_type, tokenizer.sha256),
     )
+    if checkpoint is not None:
+        check_data(config, checkpoint, blends)
     for name in ("reset_position_ids", "reset_attention_mask", "eod_mask_loss"):
         if getattr(config.data, name):
             check_document_ends(blends, tokenizer.eod, "--" + name.replace("_", "-"))
@@ -147,7 +159,7 @@ def build_trainer(
     from megatron_sharedproj.training.loop import Trainer
 
     train = config.train
-    choice = _verified(config, choice)
+    choice = _verified(config, choice, blends)
     checkpoint = choice.folder if choice else None
     local = device.current()
     world = torch.distributed.get_world_size()
@@ -208,6 +220,7 @@ def build_trainer(
         config=config, device=device, torch_device=local, chunks=chunks, optimizer=optimizer,
         schedule=schedule, train_data=train_data, valid_data=valid_data, test_data=test_data, log=log,
         boundary=tokenizer.eod if config.data.reset_attention_mask else None,
+        data_fingerprint=fingerprint(config.data, train, blends) if distributed.is_rank_0() else {},
     )  # fmt: skip
     if choice is not None:
         for note in choice.notes:
@@ -226,7 +239,7 @@ def build_trainer(
     return trainer
 
 
-def _verified(config: RunConfig, choice: Choice | None) -> Choice | None:
+def _verified(config: RunConfig, choice: Choice | None, blends: list[Any]) -> Choice | None:
     """The checkpoint after all ranks have read it; with --load-fallback perhaps another one."""
     if choice is None:
         return None
@@ -234,6 +247,7 @@ def _verified(config: RunConfig, choice: Choice | None) -> Choice | None:
     whole = agree(choice, fallback=options.load_fallback, verify=not options.no_verify_integrity)
     if whole.folder != choice.folder:
         check_checkpoint(config, whole)
+        check_data(config, whole, blends)
     return whole
 
 
@@ -290,7 +304,8 @@ def _resume(trainer: Any, folder: Path, load_checkpoint: Any) -> None:
         # Otherwise dropout would repeat the masks of step 0.
         distributed.seed_all(trainer.config.train.seed + trainer.iteration, data_parallel_offset=True)
         trainer.log.message("note: other ranks than the checkpoint's, or --no-load-rng: new random streams")
-    changed = files.changed_training(files.checkpoint_config(folder), trainer.config)
+    same_data = "data_fingerprint" in state and not options.override_data_fingerprint
+    changed = files.changed_training(files.checkpoint_config(folder), trainer.config, same_data=same_data)
     if changed:
         trainer.log.message(
             f"note: changed since the checkpoint: {'; '.join(changed)}; learning rate and data order follow "

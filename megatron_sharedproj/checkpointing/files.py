@@ -161,13 +161,17 @@ def check_engine(folder: str | Path, state: dict[str, Any]) -> None:
     )
 
 
-def changed_training(saved: RunConfig, wanted: RunConfig) -> list[str]:
-    """Flags that decide the schedule or the data order and differ from the checkpoint's, in words."""
+def changed_training(saved: RunConfig, wanted: RunConfig, *, same_data: bool = False) -> list[str]:
+    """Flags that decide the schedule or the data order and differ from the checkpoint's, in words.
+
+    Args:
+        same_data: the data are known to be the same, wherever they are.
+    """
     found = []
     for part, names in (("train", _SCHEDULE_FIELDS), ("data", _DATA_FIELDS)):
         before, now = getattr(saved, part), getattr(wanted, part)
         for name in names:
-            if getattr(before, name) != getattr(now, name):
+            if getattr(before, name) != getattr(now, name) and not (same_data and name.endswith("data_path")):
                 flag = "--" + name.replace("_", "-")
                 found.append(f"{flag} was {getattr(before, name)}, now {getattr(now, name)}")
     return found

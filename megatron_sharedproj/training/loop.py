@@ -90,6 +90,7 @@ class Trainer:
         iteration: steps done; consumed_samples: sequences trained on (the data position).
         boundary: token that attention does not reach across; None: it does.
         origin: where the first weights came from, if they were not drawn here.
+        data_fingerprint: identity of the training data (data/fingerprint.py), on the first rank.
         hooks: called after every step.
     """
 
@@ -107,6 +108,7 @@ class Trainer:
     origin: str = ""
     iteration: int = 0
     consumed_samples: int = 0
+    data_fingerprint: dict[str, Any] = field(default_factory=dict)
     hooks: list[Hook] = field(default_factory=list)
     last_loss: float = math.nan
     last_grad_norm: float | None = None
@@ -306,6 +308,7 @@ class Trainer:
                 "started_from": self.origin,
                 "schedule": self.schedule.state_dict(),
                 "log": self.log.state(),
+                "data_fingerprint": self.data_fingerprint,
             },
             copy=behind,
         )
