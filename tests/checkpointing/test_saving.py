@@ -192,7 +192,9 @@ def test_the_trainers_exit_code_for_a_full_disk(parallel_state: Any, tmp_path: P
         env=environment, capture_output=True, text=True, timeout=120, preexec_fn=lambda: limited(100_000),
     )  # fmt: skip
     assert done.returncode == 3, done.stderr
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: --save ")
+    # A CUDA build of torch says that there is no GPU.
+    (line,) = [line for line in done.stderr.splitlines() if "No CUDA runtime" not in line]
+    assert line.startswith("error: --save ")
     assert "iteration 3 cannot be written (File too large, __0_0.distcp, rank 0)" in done.stderr
     assert files.latest_iteration(tmp_path / "run") == 2
     assert run(tmp_path, train_iters=4).iteration == 4
