@@ -135,7 +135,7 @@ class CheckpointSaver:
         """Plan a save and start writing it.
 
         Args:
-            model: the unwrapped GPTModel, or the list of an interleaved stage's chunks.
+            model: the unwrapped GPTModel, or the ModelChunks of an interleaved stage.
             optimizer: Megatron optimizer, or None to save weights only.
             train_state: JSON-ready; holds ``iteration``.
             copy: into host memory, and write in a thread, so that training may go on. Otherwise everything is

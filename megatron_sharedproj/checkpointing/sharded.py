@@ -46,23 +46,11 @@ def _restore_rng(loaded: dict[str, torch.Tensor], device: Device) -> None:
     get_cuda_rng_tracker().set_states(states)
 
 
-def chunks(model: Any) -> list[Any]:
-    """The GPTModels of a rank: one, or the chunks of an interleaved pipeline stage."""
-    return list(model) if isinstance(model, (list, tuple)) else [model]
-
-
-def _model_state(model: Any) -> dict[str, Any]:
-    """Sharded state of every chunk under Megatron-LM's names; the keys that are stored do not hold them."""
-    parts = chunks(model)
-    names = ["model"] if len(parts) == 1 else [f"model{index}" for index in range(len(parts))]
-    return {name: part.sharded_state_dict() for name, part in zip(names, parts, strict=True)}
-
-
 def state_to_save(model: Any, optimizer: Any, device: Device) -> dict[str, Any]:
     """The sharded state of this rank: weights, optimizer (if any), random streams."""
-    state = _model_state(model)
+    state: dict[str, Any] = {"model": model.sharded_state_dict()}
     if optimizer is not None:
-        state["optimizer"] = sharded_state(optimizer, dict(state), device)
+        state["optimizer"] = sharded_state(optimizer, state["model"], device)
     state[_RNG_KEY] = _rng_tensors(device)
     return state
 
@@ -148,7 +136,7 @@ def load_checkpoint(
 
     Args:
         folder: an iteration folder (selection.resolve_checkpoint).
-        model: the unwrapped GPTModel, or the list of an interleaved stage's chunks.
+        model: the unwrapped GPTModel, or the ModelChunks of an interleaved stage.
         optimizer: Megatron optimizer, or None.
         load_rng: restore the random streams if the ranks and their layout are the same.
         verify: compare the files with the manifest first (:func:`verify_checkpoint`).
@@ -161,10 +149,9 @@ def load_checkpoint(
         verify_checkpoint(folder)
     train_state = files.train_state(folder)
     files.check_engine(folder, train_state)
-    models = _model_state(model)
-    state: dict[str, Any] = {name: _drop_extra_state(part) for name, part in models.items()}
+    state: dict[str, Any] = {"model": _drop_extra_state(model.sharded_state_dict())}
     if optimizer is not None:
-        state["optimizer"] = sharded_state(optimizer, dict(state), device, is_loading=True)
+        state["optimizer"] = sharded_state(optimizer, state["model"], device, is_loading=True)
     same_ranks = train_state.get("world_size") == torch.distributed.get_world_size()
     saved = files.checkpoint_config(folder).parallel
     sizes = (
@@ -193,11 +180,10 @@ def load_checkpoint(
         # Megatron-Core reports damage in many ways, an AttributeError for a missing common.pt among them.
         reason = (str(error).splitlines() or [""])[0]
         raise ValueError(f"--load {folder}: cannot be read ({type(error).__name__}: {reason})") from error
-    for name, part in zip(models, chunks(model), strict=True):
-        result = part.load_state_dict(loaded[name], strict=False)
-        absent = [key for key in result.missing_keys if not key.endswith("_extra_state")]
-        if absent or result.unexpected_keys:
-            raise ValueError(f"--load {folder}: missing {absent}, unexpected {result.unexpected_keys}")
+    result = model.load_state_dict(loaded["model"], strict=False)
+    absent = [key for key in result.missing_keys if not key.endswith("_extra_state")]
+    if absent or result.unexpected_keys:
+        raise ValueError(f"--load {folder}: missing {absent}, unexpected {result.unexpected_keys}")
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
     if _RNG_KEY in state:

@@ -108,22 +108,6 @@ def test_one_save_at_a_time(parallel_state: Any, tmp_path: Path) -> None:
     ]
 
 
-def test_several_model_chunks_are_saved_and_loaded(parallel_state: Any, tmp_path: Path) -> None:
-    """The chunks of an interleaved pipeline stage come as a list."""
-    trainer = run(tmp_path, save=None)
-    trainer.config.checkpoint.save = str(tmp_path / "run")
-    saver, model = trainer.saver, trainer.model.module
-    state = {"iteration": 1, "consumed_samples": 0}
-    saver.begin(model=[model], optimizer=trainer.optimizer, train_state=state, copy=False)
-    saved = saver.complete()
-    assert saved is not None
-    expected = next(model.parameters()).detach().clone()
-    with torch.no_grad():
-        next(model.parameters()).zero_()
-    load_checkpoint(saved.folder, trainer.device, model=[model], optimizer=trainer.optimizer)
-    assert torch.equal(next(model.parameters()), expected)
-
-
 def test_a_signal_while_a_save_is_under_way(parallel_state: Any, tmp_path: Path) -> None:
     trainer = start(tmp_path, save_interval=2, async_save=True)
     trainer.hooks.append(lambda t: t.iteration == 3 and os.kill(os.getpid(), signal.SIGTERM))
