@@ -257,6 +257,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="check flags, files and checkpoint as a start would, then exit (WORLD_SIZE: processes)",
     )
+    _add_simulation(parser.add_argument_group("dry run"))
     fixed = parser.add_argument_group("accepted from Megatron-LM, always so here")
     for flag in _ALWAYS_SO:
         fixed.add_argument(f"--{flag}", action="store_true", help=argparse.SUPPRESS)
@@ -283,6 +284,31 @@ def _add_network_switches(group: Any) -> None:
         type=int,
         default=128,
         help="pad the vocabulary to a multiple, the same at any tensor-parallel size (default 128)",
+    )
+
+
+def _add_simulation(group: Any) -> None:
+    group.add_argument(
+        "--simulate-world-size",
+        type=int,
+        metavar="N",
+        help="train nothing: build a rank's shard of a run on N GPUs without memory, and print its "
+        "parameters, memory and communication (no torchrun, no data; --vocab-size replaces a tokenizer)",
+    )
+    group.add_argument(
+        "--simulate-gpu", default="A100-40GB", metavar="NAME", help="the GPU (default A100-40GB)"
+    )
+    group.add_argument(
+        "--simulate-mfu",
+        type=float,
+        default=0.4,
+        metavar="X",
+        help="model FLOP/s over the GPU's peak that hours are printed for: an assumption (default 0.4)",
+    )
+    group.add_argument(
+        "--simulate-output",
+        metavar="FILE",
+        help="write the figures here (.json, .csv, .md)",
     )
 
 

@@ -16,7 +16,7 @@ import importlib.machinery
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -217,17 +217,34 @@ def _is_cuda(device: Any) -> bool:
     return isinstance(device, str) and device.startswith("cuda")
 
 
+_stand_in = torch.device("cpu")  # where Megatron's CUDA tensors are made
+
+
+@contextlib.contextmanager
+def on_meta() -> Iterator[None]:
+    """Within it tensors are made without memory, those that Megatron-Core asks CUDA for too.
+
+    For a simulated run, on the CPU device.
+    """
+    global _stand_in
+    _stand_in = torch.device("meta")
+    try:
+        with _stand_in:
+            yield
+    finally:
+        _stand_in = torch.device("cpu")
+
+
 def _on_cpu(factory: Any) -> Any:
     def create(*args: Any, **kwargs: Any) -> torch.Tensor:
         if _is_cuda(kwargs.get("device")):
-            kwargs["device"] = torch.device("cpu")
+            kwargs["device"] = _stand_in
         return factory(*args, **kwargs)
 
     return create
 
 
 def _scoped_torch() -> _Forwarding:
-    cpu = torch.device("cpu")
     nothing = _on_cpu(lambda *args, **kwargs: None)
 
     def get_state(device: Any = None) -> torch.Tensor:
@@ -239,7 +256,7 @@ def _scoped_torch() -> _Forwarding:
     random = _Forwarding(torch.cuda.random, get_rng_state=get_state, set_rng_state=set_state)
     cuda = _Forwarding(
         torch.cuda,
-        current_device=lambda: cpu,
+        current_device=lambda: _stand_in,
         synchronize=nothing,
         empty_cache=nothing,
         current_stream=_NoStream,

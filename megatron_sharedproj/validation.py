@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib.util
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_sharedproj import formulas
 from megatron_sharedproj.config import RunConfig
-from megatron_sharedproj.device import Device
 from megatron_sharedproj.formulas_memory import training_memory_bytes
 from megatron_sharedproj.layout import check_layout, check_micro_batches, check_sequence
+
+if TYPE_CHECKING:  # torch is not needed to check flags
+    from megatron_sharedproj.device import Device
 
 
 def check_parallel(config: RunConfig, world_size: int) -> int:

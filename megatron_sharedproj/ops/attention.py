@@ -44,7 +44,7 @@ def _request(
     query: Tensor, key: Tensor, value: Tensor, queries: int, keys: int, causal: bool, dropout_p: float
 ) -> Request:
     training = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    on_cpu = query.device.type == "cpu"
+    on_gpu = query.device.type == "cuda"  # neither the CPU nor meta tensors of a simulated run
     return Request(
         device=query.device.type,
         dtype=query.dtype,
@@ -56,7 +56,7 @@ def _request(
         training=training,
         dropout=dropout_p > 0.0,
         last_dimension_contiguous=query.stride(-1) == key.stride(-1) == value.stride(-1) == 1,
-        capability=None if on_cpu else torch.cuda.get_device_capability(query.device),
+        capability=torch.cuda.get_device_capability(query.device) if on_gpu else None,
     )
 
 
