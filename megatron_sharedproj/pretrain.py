@@ -20,7 +20,6 @@ from megatron_sharedproj.data.fingerprint import check_same_data, fingerprint
 from megatron_sharedproj.data.padded import real_token_share
 from megatron_sharedproj.data.tokenizers import build_tokenizer
 from megatron_sharedproj.device import Device, get_device
-from megatron_sharedproj.dry_run import dry_run
 from megatron_sharedproj.layout import describe_layout, recompute_note
 from megatron_sharedproj.ops import paths
 from megatron_sharedproj.quiet import quiet_libraries
@@ -339,6 +338,8 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         if args.simulate_world_size is not None:
+            from megatron_sharedproj.dry_run import dry_run
+
             dry_run(args, build=True)
             return 0
         prepared = prepare(args)
