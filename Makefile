@@ -34,7 +34,7 @@ lint: install ## ruff, mypy, shellcheck, and clang-format on csrc
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/shellcheck -x examples/*.sh benchmarks/*.sh .ci/run
+	$(VENV)/bin/shellcheck -x examples/*.sh examples/slurm/* benchmarks/*.sh .ci/run
 	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cu' 'csrc/*.cuh' 'csrc/*.cpp' 'csrc/*.h')
 
 format: install ## Format Python and C++ sources in place

@@ -7,10 +7,14 @@
 #              TOKENIZER   tokenizer directory (data/tokenizer)
 #              SAVE        parent of the run folders (runs/<preset>)
 #              PRECISION   bf16 or fp32 (bf16; fp32 where no GPU is visible)
+#              MAX_RESTARTS  times that torchrun starts all ranks again, from the last checkpoint, when one fails (0)
+#              NNODES, RDZV_ENDPOINT, RDZV_ID  several machines: their number, host:port of the first, a name
+#                          (examples/slurm sets them)
 
 run_preset() {
     local nproc=${NPROC:-8} data=${DATA_PATH:-data/slimpajama} tokenizer=${TOKENIZER:-data/tokenizer}
-    local variant=qkv grouped=0 groups=1 dry_run=0 own_data=0 user=()
+    local nnodes=${NNODES:-1} restarts=${MAX_RESTARTS:-0}
+    local variant=qkv grouped=0 groups=1 dry_run=0 own_data=0 own_vocab=0 user=()
     while [ $# -gt 0 ]; do
         case $1 in
             --dry-run) dry_run=1; shift; continue ;;
@@ -20,6 +24,9 @@ run_preset() {
             --num-query-groups) groups=${2:-} ;;
             --num-query-groups=*) groups=${1#*=} ;;
             --data-path | --data-path=* | --train-data-path | --train-data-path=* | --mock-data) own_data=1 ;;
+            --tokenizer-model | --tokenizer-model=* | --vocab-file | --vocab-file=* | --vocab-size | --vocab-size=*)
+                own_vocab=1
+                ;;
             -h | --help)
                 sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
                 return 0
@@ -57,7 +64,12 @@ except ValueError as error:
         args+=(--tensorboard-dir "$save/tensorboard")
     fi
     case $precision in
-        bf16) args+=(--bf16) ;;
+        bf16)
+            args+=(--bf16)
+            # Optimizer state divided over the GPUs, and their traffic hidden behind the passes.
+            [ $((nnodes * nproc)) = 1 ] ||
+                args+=(--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather)
+            ;;
         fp32) ;;
         *)
             echo "error: PRECISION=$precision: choose bf16 or fp32" >&2
@@ -71,15 +83,30 @@ except ValueError as error:
             args+=(--train-data-path "${data}_train_text_document" --valid-data-path "${data}_validation_text_document")
         fi
     fi
-    local command=(torchrun --standalone --nproc-per-node "$nproc" -m megatron_sharedproj.pretrain "${args[@]}" "${user[@]}")
+    local launch=(torchrun --nproc-per-node "$nproc")
+    if [ "$nnodes" = 1 ]; then
+        launch+=(--standalone)
+    else
+        launch+=(--nnodes "$nnodes" --rdzv-backend c10d --rdzv-endpoint "${RDZV_ENDPOINT:?}" --rdzv-id "${RDZV_ID:?}")
+    fi
+    [ "$restarts" = 0 ] || launch+=(--max-restarts "$restarts")
+    local command=("${launch[@]}" -m megatron_sharedproj.pretrain "${args[@]}" "${user[@]}")
 
     export CUDA_DEVICE_MAX_CONNECTIONS=1
+    # Seconds that torchrun leaves its ranks to save when it is told to stop (torch 2.9 reads nothing: 30).
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}
     if [ $gpu = 0 ] && [ -z "${OMP_NUM_THREADS:-}" ]; then
         OMP_NUM_THREADS=$((($(nproc) + nproc - 1) / nproc))
         export OMP_NUM_THREADS
     fi
     if [ $dry_run = 1 ]; then
-        echo "# $PRESET, $variant, $nproc process(es), run folder $save"
+        local vocabulary=()
+        # Without a tokenizer at hand the plan is for GPT-2's vocabulary, the paper's.
+        [ $own_vocab = 1 ] || [ -e "$tokenizer" ] || vocabulary=(--vocab-size 50257)
+        "$python" "$root/tools/plan_run.py" "${args[@]}" "${vocabulary[@]}" "${user[@]}" \
+            --simulate-world-size $((nnodes * nproc)) || return $?
+        echo
+        echo "# $PRESET, $variant, $((nnodes * nproc)) process(es), run folder $save"
         printf '%q ' "${command[@]}"
         echo
         return 0
@@ -89,6 +116,6 @@ except ValueError as error:
         return 2
     fi
     # Mistakes are reported here in one line; under torchrun its own traceback follows them.
-    WORLD_SIZE=$nproc LOCAL_WORLD_SIZE=$nproc "$python" -m megatron_sharedproj.pretrain "${args[@]}" "${user[@]}" --check-only || return $?
+    WORLD_SIZE=$((nnodes * nproc)) LOCAL_WORLD_SIZE=$nproc "$python" -m megatron_sharedproj.pretrain "${args[@]}" "${user[@]}" --check-only || return $?
     exec "${command[@]}"
 }

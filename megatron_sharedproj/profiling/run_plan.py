@@ -157,6 +157,6 @@ def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
     share = most / first["gpu_memory_bytes"]
     fits = "fits" if share <= 0.9 else "tight" if share <= 1 else "does not fit"
     return [
-        f"{fits}: {share:.0%} of a {first['gpu']}'s memory; not modelled: {'; '.join(NOT_MODELLED)}",
+        f"{fits}: {share:.0%} of the memory of {first['gpu']}; not modelled: {'; '.join(NOT_MODELLED)}",
         "counted by formula, not measured; the time has no evaluation, saving or waiting in it",
     ]
