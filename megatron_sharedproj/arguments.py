@@ -177,6 +177,10 @@ _TABLE: dict[str, tuple[type, dict[str, str]]] = {
             "wandb_exp_name": "its run name",
             "wandb_save_dir": "where it keeps its files",
             "log_throughput": "print TFLOP/s per rank (and MFU where the GPU's peak is known)",
+            "log_grad_norm_per_group": "gradient norms of embedding, attention, MLP, norms and output layer",
+            "log_params_norm": "norm of the parameters",
+            "log_num_zeros_in_grad": "zeros in the gradient",
+            "log_memory_to_tensorboard": "allocated and reserved memory of the logging rank",
         },
     ),
 }
@@ -194,6 +198,7 @@ _ALWAYS_SO = (
     "calculate-per-token-loss",
     "override-opt_param-scheduler",
     "exit-signal-handler",
+    "log-validation-ppl-to-tensorboard",
 )
 
 

@@ -258,6 +258,10 @@ class LogConfig:
     wandb_exp_name: str = ""
     wandb_save_dir: str = ""
     log_throughput: bool = False
+    log_grad_norm_per_group: bool = False
+    log_params_norm: bool = False
+    log_num_zeros_in_grad: bool = False
+    log_memory_to_tensorboard: bool = False
 
 
 @dataclass

@@ -15,8 +15,10 @@ import importlib.abc
 import importlib.machinery
 import logging
 import os
+import resource
 import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -83,6 +85,17 @@ class Device:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // processes
 
+    def peak_memory_bytes(self) -> int:
+        """Most memory that this process has had: of tensors on a GPU, else its resident set."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def memory_stats(self) -> dict[str, int]:
+        """Memory now, under Megatron's TensorBoard names with underscores; what the device can tell."""
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        # The kernel counts the two apart, and not to the page.
+        peak = max(resident, self.peak_memory_bytes())
+        return {"mem_allocated_bytes": resident, "mem_max_allocated_bytes": peak}
+
     def describe(self) -> str:
         return f"cpu ({torch.get_num_threads()} thread(s) per process)"
 
@@ -148,6 +161,18 @@ class CudaDevice(Device):
 
     def total_memory_bytes(self) -> int:
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+
+    def peak_memory_bytes(self) -> int:
+        return torch.cuda.max_memory_allocated()
+
+    def memory_stats(self) -> dict[str, int]:
+        stats = torch.cuda.memory_stats()
+        return {
+            "mem_reserved_bytes": stats["reserved_bytes.all.current"],
+            "mem_allocated_bytes": stats["allocated_bytes.all.current"],
+            "mem_max_allocated_bytes": stats["allocated_bytes.all.peak"],
+            "mem_allocated_count": stats["allocation.all.current"],
+        }
 
     def describe(self) -> str:
         return torch.cuda.get_device_name()

@@ -234,7 +234,7 @@ def build_trainer(
         if choice is not None and choice.skipped and choice.flag == "--save":
             # What is damaged stays, but is no longer latest: it may be replaced, even by a killed save.
             files.write_tracker(config.checkpoint.save, trainer.iteration)
-    log.open()
+    log.open(trainer.iteration)
     _report_protocol(trainer, tokenizer.eod)
     return trainer
 

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_sharedproj import formulas
-from megatron_sharedproj.config import RunConfig
+from megatron_sharedproj.config import RunConfig, to_dict
 from megatron_sharedproj.duration import format_duration
 
 JSON_LOG = "log.jsonl"
+GROUP_NORM = "grad_norm_"  # prefix of a record's gradient norms by group
 
 
 class TrainingLog:
@@ -36,10 +37,15 @@ class TrainingLog:
         self._json: TextIO | None = None
         self._tensorboard: Any = None
         self._wandb: Any = None
+        self._told_ranks = False
         self._progress = enabled and sys.stderr.isatty()
 
-    def open(self) -> None:
-        """Create the files; before it, messages are printed and nothing is written."""
+    def open(self, iteration: int = 0) -> None:
+        """Create the files; before it, messages are printed and nothing is written.
+
+        Args:
+            iteration: that the run goes on from: later TensorBoard events of a killed run are dropped.
+        """
         if not self.enabled:
             return
         log, save = self.config.log, self.config.checkpoint.save
@@ -54,12 +60,15 @@ class TrainingLog:
         if log.tensorboard_dir:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(log.tensorboard_dir)
+            self._tensorboard = SummaryWriter(log.tensorboard_dir, purge_step=iteration + 1)
         if log.wandb_project:
             import wandb
 
             wandb.init(
-                project=log.wandb_project, name=log.wandb_exp_name or None, dir=log.wandb_save_dir or None
+                project=log.wandb_project,
+                name=log.wandb_exp_name or None,
+                dir=log.wandb_save_dir or None,
+                config={**to_dict(self.config), "world_size": self.world_size},
             )
             self._wandb = wandb
 
@@ -77,9 +86,16 @@ class TrainingLog:
             self._clear_progress()
             print(f" [{datetime.datetime.now():%Y-%m-%d %H:%M:%S}] {text}", flush=True)
 
+    def due(self, iteration: int) -> bool:
+        """Whether the record of a step is written: on every rank alike."""
+        return iteration % self.config.log.log_interval == 0 or iteration == self.config.train.train_iters
+
     def restart_clock(self) -> None:
         """Leave the time since the last step (evaluation, saving) out of the step time."""
         self._interval_start = time.perf_counter()
+        if self._first_iteration is None:
+            # What came before the first step (data, checkpoint) says nothing about the time that is left.
+            self._started = self._interval_start
 
     def pause(self) -> float:
         """Seconds of the running interval so far; give them back to :meth:`resume`."""
@@ -98,8 +114,13 @@ class TrainingLog:
         consumed_samples: int,
         skipped: bool,
         loss_scale: float,
+        figures: dict[str, Any] | None = None,
     ) -> None:
-        """Note a step; write the record when its interval is full."""
+        """Note a step; write the record when its interval is full.
+
+        Args:
+            figures: of metrics.py, for the record of a step that is :meth:`due`.
+        """
         if self._first_iteration is None:
             self._first_iteration = iteration - 1
         # Every rank counts, since a checkpoint of any of them carries the interval that is under way.
@@ -108,7 +129,7 @@ class TrainingLog:
         self._timed += 1
         if self._progress:
             self._show_progress(iteration, loss)
-        if iteration % self.config.log.log_interval and iteration != self.config.train.train_iters:
+        if not self.due(iteration):
             return
         losses, skipped_steps, timed = self._losses, self._skipped, self._timed
         self._losses, self._skipped, self._timed = [], 0, 0
@@ -132,7 +153,15 @@ class TrainingLog:
             "grad_norm": grad_norm,
             "skipped_iterations": skipped_steps,
             "variant": self.config.model.attention_variant,
+            **(figures or {}),
         }
+        per_rank = record.get("peak_memory_bytes_per_rank", [])
+        if self._told_ranks:
+            record.pop("peak_memory_bytes_per_rank", None)  # from here on the most of them is enough
+        elif per_rank:
+            self._told_ranks = True
+            text = ", ".join(f"{peak / 2**20:.1f}" for peak in per_rank)
+            self.message(f"memory (MiB) after {iteration} iterations, rank 0 to {len(per_rank) - 1}: {text}")
         if self._peak is not None:
             record["mfu"] = record["tflops_per_rank"] * 1e12 / self._peak
         self._print(record)
@@ -147,6 +176,14 @@ class TrainingLog:
             if "mfu" in r:
                 throughput += f" MFU: {100 * r['mfu']:.1f}% |"
         norm = f" grad norm: {r['grad_norm']:.3f} |" if r["grad_norm"] is not None else ""
+        if "num_zeros" in r:
+            norm += f" num zeros: {r['num_zeros']} |"
+        if "params_norm" in r:
+            norm += f" params norm: {r['params_norm']:.3f} |"
+        groups = [(key, value) for key, value in r.items() if key.startswith(GROUP_NORM)]
+        parts = "".join(f" grad norm {key.removeprefix(GROUP_NORM)}: {value:.3f} |" for key, value in groups)
+        if "peak_memory_bytes" in r:
+            parts += f" memory (MiB): {r['peak_memory_bytes'] / 2**20:.1f} on rank {r['peak_memory_rank']} |"
         self.message(
             f"iteration {r['iteration']:8d}/{r['train_iters']:8d} | "
             f"consumed samples: {r['consumed_samples']:12d} | "
@@ -154,7 +191,7 @@ class TrainingLog:
             f"learning rate: {r['learning_rate']:.6E} | global batch size: {r['global_batch_size']:5d} | "
             f"lm loss: {r['lm_loss']:.6E} | loss scale: {r['loss_scale']:.1f} |{norm} "
             f"number of skipped iterations: {r['skipped_iterations']:3d} | number of nan iterations:   0 | "
-            f"tokens/s: {r['tokens_per_second']:.0f} | variant: {r['variant']} |"
+            f"tokens/s: {r['tokens_per_second']:.0f} |{parts} variant: {r['variant']} |"
         )
 
     def evaluation(self, name: str, iteration: int, results: dict[str, float]) -> None:
@@ -177,6 +214,15 @@ class TrainingLog:
             "elapsed_ms_per_iteration": "iteration-time",
             "tflops_per_rank": "throughput",
             "tokens_per_second": "tokens-per-second",
+            "mfu": "mfu",
+            "skipped_iterations": "skipped-iterations",
+            "params_norm": "params-norm",
+            "num_zeros": "num-zeros",
+            "mem_reserved_bytes": "mem-reserved-bytes",
+            "mem_allocated_bytes": "mem-allocated-bytes",
+            "mem_max_allocated_bytes": "mem-max-allocated-bytes",
+            "mem_allocated_count": "mem-allocated-count",
+            "peak_memory_bytes": "peak-memory-bytes of any rank",
             "validation_lm_loss": "lm loss validation",
             "validation_perplexity": "lm loss validation ppl",
             "test_lm_loss": "lm loss test",
@@ -184,6 +230,8 @@ class TrainingLog:
             "validation_padded_perplexity": "lm loss validation padded ppl",
             "test_padded_perplexity": "lm loss test padded ppl",
         }
+        groups = (key for key in record if key.startswith(GROUP_NORM))
+        tags |= {key: f"grad-norm {key.removeprefix(GROUP_NORM)}" for key in groups}
         shown = {tag: record[key] for key, tag in tags.items() if record.get(key) is not None}
         if self._tensorboard is not None:
             for tag, value in shown.items():

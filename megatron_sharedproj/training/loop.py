@@ -26,6 +26,7 @@ from megatron_sharedproj.device import Device
 from megatron_sharedproj.layers.core_attention import document_lengths
 from megatron_sharedproj.model import ModelChunks
 from megatron_sharedproj.ops.zigzag import own_chunks
+from megatron_sharedproj.training import metrics
 from megatron_sharedproj.training.log import TrainingLog
 from megatron_sharedproj.training.signals import StopSignals
 
@@ -187,12 +188,20 @@ class Trainer:
             raise RuntimeError(
                 f"{what} at iteration {self.iteration + 1}, {saved}; lower --lr or --clip-grad"
             )
+        figures, logged = {}, self.log.due(self.iteration + 1)
+        if logged:
+            scale = float(self.optimizer.get_loss_scale().item())
+            figures = metrics.gradient_figures(self.config.log, self._wrapped(), scale)
         updated, grad_norm, _ = self.optimizer.step()
         if updated:
             self.schedule.step(increment=train.global_batch_size)
         self.iteration += 1
         self.consumed_samples += train.global_batch_size
         self.last_loss, self.last_grad_norm = loss, grad_norm
+        if logged:
+            if self.config.log.log_params_norm:
+                figures["params_norm"] = metrics.parameter_norm(self._wrapped())
+            figures |= metrics.memory_figures(self.config.log, self.device, self.torch_device)
         self.log.step(
             self.iteration,
             loss=loss,
@@ -201,9 +210,14 @@ class Trainer:
             consumed_samples=self.consumed_samples,
             skipped=not updated,
             loss_scale=float(self.optimizer.get_loss_scale().item()),
+            figures=figures,
         )
         for hook in self.hooks:
             hook(self)
+
+    def _wrapped(self) -> list[Any]:
+        """The rank's model chunks in Megatron's DistributedDataParallel."""
+        return getattr(self, "chunks", None) or [self.model]
 
     def _gradients_are_finite(self) -> bool:
         """Whether no rank has a NaN or infinite gradient; fp16 leaves that to its loss scale."""
