@@ -17,6 +17,7 @@ from megatron_sharedproj.command_line import Parser, UsageError
 EXAMPLE = """
 example:
   python tools/plot_runs.py runs/qkv runs/k_eq_v --labels "qkv,K=V" --output curves.png
+  python tools/plot_runs.py runs/* --x consumed_tokens --smoothing 0.9 --y-range 3,5 --output curves.png
 
 RUN is the --save folder of a training run, or its log.jsonl; a run that is still going can be plotted.
 """
@@ -37,8 +38,29 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--unigram-entropy", type=float, metavar="NATS", help="a dashed line at this loss, nats per token"
     )
+    parser.add_argument(
+        "--smoothing",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="moving average of the training loss, as TensorBoard's: weight of the past (default 0)",
+    )
+    parser.add_argument(
+        "--y-range",
+        type=_y_range,
+        metavar="LOW,HIGH",
+        help="losses shown, to leave the steep start out",
+    )
     parser.add_argument("--title", help="text above the plot")
     return parser
+
+
+def _y_range(text: str) -> tuple[float, float]:
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not two losses; give them like 3.2,5") from None
+    return low, high
 
 
 def labels_of(runs: list[str], labels: str | None) -> list[str]:
@@ -71,7 +93,10 @@ def run(args: argparse.Namespace) -> None:
     labels = labels_of(args.runs, args.labels)
     try:
         runs = {label: load_run(path) for label, path in zip(labels, args.runs, strict=True)}
-        plot_loss_curves(runs, output, x=args.x, unigram_entropy=args.unigram_entropy, title=args.title)
+        plot_loss_curves(
+            runs, output, x=args.x, unigram_entropy=args.unigram_entropy, title=args.title,
+            smoothing=args.smoothing, y_range=args.y_range,
+        )  # fmt: skip
     except ValueError as error:
         raise UsageError(str(error)) from None
     print(f"{output}: {len(runs)} run(s)")

@@ -6,8 +6,9 @@ Needs neither torch nor Megatron; matplotlib only to draw, so a log can be read 
 from __future__ import annotations
 
 import json
+import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,11 @@ class Run:
         """x values and validation losses."""
         return self._positions(self.validation, x), [float(r["validation_lm_loss"]) for r in self.validation]
 
+    @property
+    def padded(self) -> bool:
+        """Whether validation scored padding (``--data-protocol padded``): not comparable with packed runs."""
+        return any("validation_padded_perplexity" in record for record in self.validation)
+
     def _positions(self, records: tuple[dict[str, Any], ...], x: str) -> list[float]:
         if x not in X_AXES:
             raise ValueError(f"--x {x}: choose one of {', '.join(X_AXES)}")
@@ -70,8 +76,9 @@ def _number(value: Any) -> bool:
 def load_run(path: str | Path) -> Run:
     """Read a run's log.
 
-    A resumed run appends and may repeat iterations: the last record of an iteration wins. A last line that
-    a killed run left incomplete is ignored, with a note on stderr.
+    A resumed run appends. Where it goes back, what was written after that point is dropped: the run was
+    redone from there, perhaps with other flags. A last line that a killed run left incomplete is ignored,
+    with a note on stderr.
 
     Args:
         path: a ``--save`` folder, or its log.jsonl.
@@ -97,9 +104,14 @@ def load_run(path: str | Path) -> Run:
                 continue
             raise ValueError(f"{log}:{number}: not JSON ({error}); remove the line") from None
         _check_record(record, f"{log}:{number}")
-        for name, records in (("lm_loss", training), ("validation_lm_loss", validation)):
-            if name in record:
-                records[record["iteration"]] = record
+        iteration = record["iteration"]
+        if "lm_loss" in record:
+            for records in (training, validation):
+                for later in [i for i in records if i >= iteration]:
+                    del records[later]
+            training[iteration] = record
+        if "validation_lm_loss" in record:
+            validation[iteration] = record
     if not training and not validation:
         raise ValueError(f"{log}: no loss in it yet; wait for the first --log-interval")
     return Run(log, *(tuple(records[i] for i in sorted(records)) for records in (training, validation)))
@@ -120,6 +132,8 @@ def plot_loss_curves(
     x: str = "iteration",
     unigram_entropy: float | None = None,
     title: str | None = None,
+    smoothing: float = 0.0,
+    y_range: tuple[float, float] | None = None,
 ) -> None:
     """Draw :func:`loss_figure` into one PNG, which appears complete: it has a temporary name first.
 
@@ -130,7 +144,25 @@ def plot_loss_curves(
     Raises:
         ValueError: without matplotlib, without a run, or for an x axis that a run does not have.
     """
-    save_figure(loss_figure(runs, x=x, unigram_entropy=unigram_entropy, title=title), Path(output))
+    figure = loss_figure(
+        runs, x=x, unigram_entropy=unigram_entropy, title=title, smoothing=smoothing, y_range=y_range
+    )
+    save_figure(figure, Path(output))
+
+
+def smoothed(losses: Sequence[float], weight: float) -> list[float]:
+    """Exponential moving average, without the bias towards a start value; TensorBoard's smoothing.
+
+    Args:
+        weight: of the past, in [0, 1). Losses that are not finite are left out of the average.
+    """
+    average, total, found = 0.0, 0.0, []
+    for loss in losses:
+        if math.isfinite(loss):
+            average = weight * average + (1 - weight) * loss
+            total = weight * total + (1 - weight)
+        found.append(average / total if total else math.nan)
+    return found
 
 
 def loss_figure(
@@ -139,6 +171,8 @@ def loss_figure(
     x: str = "iteration",
     unigram_entropy: float | None = None,
     title: str | None = None,
+    smoothing: float = 0.0,
+    y_range: tuple[float, float] | None = None,
 ) -> Any:
     """The matplotlib figure of the losses: training a thin line, validation marked, one colour per run.
 
@@ -147,11 +181,17 @@ def loss_figure(
         x: ``iteration`` or ``consumed_tokens``.
         unigram_entropy: nats per token, a dashed line: the loss of a model that knows word frequencies only.
         title: text above the axes.
+        smoothing: weight of the past in the training line; the losses themselves are faint behind it.
+        y_range: lowest and highest loss shown; None: all.
     Raises:
         ValueError: without matplotlib, without a run, or for an x axis that a run does not have.
     """
     if not runs:
         raise ValueError("no run to plot; give at least one")
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"--smoothing {smoothing:g}: must be in [0, 1)")
+    if y_range is not None and not y_range[0] < y_range[1]:
+        raise ValueError(f"--y-range {y_range[0]:g},{y_range[1]:g}: give the lower loss first")
     curves = {label: (run.training_curve(x), run.validation_curve(x)) for label, run in runs.items()}
     figure = new_figure()
     axes = figure.subplots()
@@ -161,10 +201,15 @@ def loss_figure(
             # One record is a point, which a line alone would not show.
             marker = "." if len(training[0]) == 1 else ""
             thin: dict[str, Any] = {"linewidth": 0.9, "alpha": 0.7, "marker": marker}
+            if smoothing:
+                axes.plot(*training, color=colour, **{**thin, "alpha": 0.25})
+                training = (training[0], smoothed(training[1], smoothing))
+                thin |= {"alpha": 1.0, "linewidth": 1.2}
             axes.plot(*training, color=colour, label=f"{label}, training", **thin)
         if validation[0]:
             marked: dict[str, Any] = {"linewidth": 1.6, "marker": "o", "markersize": 5}
-            axes.plot(*validation, color=colour, label=f"{label}, validation", **marked)
+            name = "validation (padded)" if runs[label].padded else "validation"
+            axes.plot(*validation, color=colour, label=f"{label}, {name}", **marked)
     if unigram_entropy is not None:
         axes.axhline(
             unigram_entropy,
@@ -173,6 +218,8 @@ def loss_figure(
             linewidth=1.2,
             label=f"unigram entropy, {unigram_entropy:.3f}",
         )
+    if y_range is not None:
+        axes.set_ylim(*y_range)
     axes.set_xlabel(X_AXES[x])
     axes.set_ylabel("lm loss (nats per token)")
     if x == "consumed_tokens":

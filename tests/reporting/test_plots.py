@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sharedproj.reporting.plots import load_run, loss_figure, plot_loss_curves
+from megatron_sharedproj.reporting.plots import load_run, loss_figure, plot_loss_curves, smoothed
 from scripts import load
 
 REPO = Path(__file__).resolve().parents[2]
@@ -64,12 +64,45 @@ def test_reads_a_run_folder_or_its_log(tmp_path: Path, name: str) -> None:
     assert run.validation_curve() == ([10.0], [5.5])
 
 
-def test_the_last_record_of_an_iteration_wins_and_iterations_are_sorted(tmp_path: Path) -> None:
-    before = [training(10, 5.0), training(20, 4.0), validation(20, 4.4), training(30, 3.9)]
-    resumed = [training(20, 4.1), validation(20, 4.2)]
+def test_a_resumed_run_replaces_what_followed_its_checkpoint(tmp_path: Path) -> None:
+    before = [
+        training(10, 5.0),
+        validation(10, 5.1),
+        training(20, 4.0),
+        validation(20, 4.4),
+        training(30, 3.9),
+    ]
+    resumed = [training(15, 4.5), training(25, 4.1), validation(25, 4.2), validation(25, 4.3)]
     run = load_run(write_log(tmp_path, before + resumed))
-    assert run.training_curve() == ([10.0, 20.0, 30.0], [5.0, 4.1, 3.9])
-    assert run.validation_curve() == ([20.0], [4.2])
+    assert run.training_curve() == ([10.0, 15.0, 25.0], [5.0, 4.5, 4.1])
+    assert run.validation_curve() == ([10.0, 25.0], [5.1, 4.3])
+
+
+def test_smoothing_is_a_debiased_moving_average() -> None:
+    losses = [4.0, 2.0, float("nan"), 3.0]
+    first, second = 4.0, (0.5 * 0.5 * 4 + 0.5 * 2) / 0.75
+    fourth = (0.5 * 0.5 * 0.5 * 4 + 0.5 * 0.5 * 2 + 0.5 * 3) / 0.875
+    assert smoothed(losses, 0.5) == pytest.approx([first, second, second, fourth])
+    assert smoothed([5.0] * 4, 0.9) == pytest.approx([5.0] * 4)
+    assert smoothed([1.0, 2.0], 0.0) == [1.0, 2.0]
+
+
+def test_smoothed_line_over_the_losses_themselves(tmp_path: Path) -> None:
+    run = load_run(write_log(tmp_path, curve(0)))
+    (axes,) = loss_figure({"a": run}, smoothing=0.9, y_range=(2.0, 3.0)).axes
+    raw, line, marked = axes.get_lines()
+    assert list(raw.get_ydata()) == run.training_curve()[1]
+    assert list(line.get_ydata()) == smoothed(run.training_curve()[1], 0.9)
+    assert raw.get_alpha() < line.get_alpha() and marked.get_label() == "a, validation"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a, training", "a, validation"]
+    assert axes.get_ylim() == (2.0, 3.0)
+
+
+def test_padded_validation_is_named(tmp_path: Path) -> None:
+    record = {"iteration": 20, "validation_lm_loss": 1.6, "validation_padded_perplexity": 5.0}
+    run = load_run(write_log(tmp_path, [training(10, 5.0), record]))
+    (axes,) = loss_figure({"a": run}).axes
+    assert axes.get_lines()[1].get_label() == "a, validation (padded)"
 
 
 def test_validation_lies_on_the_token_axis_of_its_training_records(tmp_path: Path) -> None:
@@ -237,6 +270,9 @@ def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         (["a", "b", "--labels", "one,one", "--output", "c.png"], ["--labels one,one", "distinct"]),
         (["a", "a", "--output", "c.png"], ["RUN a", "given twice"]),
         (["none", "--output", "c.png"], ["none: no log.jsonl there", "--save folder"]),
+        (["a", "--smoothing", "1", "--output", "c.png"], ["--smoothing 1", "[0, 1)"]),
+        (["a", "--y-range", "5,3", "--output", "c.png"], ["--y-range 5,3", "lower loss first"]),
+        (["a", "--y-range", "5", "--output", "c.png"], ["--y-range", "like 3.2,5"]),
         (["a", "--x", "time", "--output", "c.png"], ["--x", "time", "consumed_tokens"]),
     ],
 )
