@@ -191,7 +191,7 @@ class Trainer:
         figures, logged = {}, self.log.due(self.iteration + 1)
         if logged:
             scale = float(self.optimizer.get_loss_scale().item())
-            figures = metrics.gradient_figures(self.config.log, self._wrapped(), scale)
+            figures = metrics.gradient_figures(self.config.log, self.chunks, scale)
         updated, grad_norm, _ = self.optimizer.step()
         if updated:
             self.schedule.step(increment=train.global_batch_size)
@@ -200,7 +200,7 @@ class Trainer:
         self.last_loss, self.last_grad_norm = loss, grad_norm
         if logged:
             if self.config.log.log_params_norm:
-                figures["params_norm"] = metrics.parameter_norm(self._wrapped())
+                figures["params_norm"] = metrics.parameter_norm(self.chunks)
             figures |= metrics.memory_figures(self.config.log, self.device, self.torch_device)
         self.log.step(
             self.iteration,
@@ -214,10 +214,6 @@ class Trainer:
         )
         for hook in self.hooks:
             hook(self)
-
-    def _wrapped(self) -> list[Any]:
-        """The rank's model chunks in Megatron's DistributedDataParallel."""
-        return getattr(self, "chunks", None) or [self.model]
 
     def _gradients_are_finite(self) -> bool:
         """Whether no rank has a NaN or infinite gradient; fp16 leaves that to its loss scale."""
