@@ -104,6 +104,8 @@ _TABLE: dict[str, tuple[type, dict[str, str]]] = {
             "manual_gc_interval": "collect every so many steps with --manual-gc; 0: never",
             "exit_interval": "save and exit when the step is a multiple of this",
             "exit_duration_in_mins": "save and exit after this many minutes",
+            "max_nan_iterations": "stop after so many steps in a row whose loss or gradient is NaN or "
+            "infinite; until then they are skipped",
         },
     ),
     "optimizer and schedule": (

@@ -198,6 +198,7 @@ class TrainConfig:
     manual_gc_interval: int = 0
     exit_interval: int = 0
     exit_duration_in_mins: float = 0.0
+    max_nan_iterations: int = 5
 
     @property
     def params_dtype(self) -> str:

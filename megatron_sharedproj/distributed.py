@@ -6,6 +6,7 @@ import datetime
 import os
 import random
 import socket
+import time
 
 import numpy
 import torch
@@ -122,6 +123,31 @@ def make_deterministic() -> None:
 
 def is_rank_0() -> bool:
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def is_lost_connection(error: Exception) -> bool:
+    """Whether a collective failed since a rank ended or does not answer (gloo, NCCL)."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+
+
+def lost_ranks(seconds: float = 5.0) -> list[int]:
+    """The ranks that do not report within some seconds, asked by one that a collective failed on.
+
+    All that are left come here for the same reason, and tell each other through the store of the process
+    group, which torchrun itself keeps.
+    """
+    # There is no public way to the store that init_process_group made.
+    store = torch.distributed.distributed_c10d._get_default_store()
+    ranks, deadline = range(torch.distributed.get_world_size()), time.monotonic() + seconds
+    try:
+        store.set(f"left/{torch.distributed.get_rank()}", "1")
+        while lost := [rank for rank in ranks if not store.check([f"left/{rank}"])]:
+            if time.monotonic() > deadline:
+                return lost
+            time.sleep(0.1)
+    except (RuntimeError, OSError):  # the store went with the rank that kept it
+        return [0]
+    return []
 
 
 def finalize() -> None:

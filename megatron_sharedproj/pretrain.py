@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,7 @@ def build_trainer(
     from megatron_sharedproj.training import optimizer as optim
     from megatron_sharedproj.training.log import TrainingLog
     from megatron_sharedproj.training.loop import Trainer
+    from megatron_sharedproj.training.signals import StopSignals
 
     train = config.train
     choice = _verified(config, choice, blends)
@@ -215,7 +217,9 @@ def build_trainer(
         evaluated,
         evaluated if config.data.test_data_path else 0,
     )
-    train_data, valid_data, test_data = build_datasets(config.data, train, tokenizer, blends, sizes)
+    with StopSignals() as signals:  # half an index would be read as a whole one
+        train_data, valid_data, test_data = build_datasets(config.data, train, tokenizer, blends, sizes)
+        signals.raise_if_any(local)
     trainer = Trainer(
         config=config, device=device, torch_device=local, chunks=chunks, optimizer=optimizer,
         schedule=schedule, train_data=train_data, valid_data=valid_data, test_data=test_data, log=log,
@@ -296,6 +300,7 @@ def _resume(trainer: Any, folder: Path, load_checkpoint: Any) -> None:
     if options.save and Path(options.save).resolve() == folder.parent.resolve():
         trainer.last_saved = trainer.iteration
     trainer.schedule.load_state_dict(state["schedule"])
+    trainer.bad_steps_in_a_row = state.get("bad_steps_in_a_row", 0)
     if "log" in state:
         trainer.log.load_state(state["log"])
     if with_optimizer:
@@ -330,9 +335,10 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point.
 
     Returns:
-        The exit code: 0 done, 2 a mistake in the flags or a damaged checkpoint, 3 a checkpoint could not be
-        written (disk full; the previous one is as it was), 128 + n stopped by signal n. torchrun itself exits
-        with 1 for any of them but 0.
+        The exit code: 0 done; 2 a mistake in the flags or a damaged checkpoint; 3 a checkpoint could not be
+        written (disk full; the previous one is as it was); 4 the loss or gradient stayed NaN or infinite;
+        5 another rank ended or does not answer; 128 + n stopped by signal n, with a checkpoint if training
+        had begun. torchrun itself exits with 1 for any of them but 0.
     """
     quiet_libraries()
     args = build_parser().parse_args(argv)
@@ -346,23 +352,60 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print_error(error)
         return 2
-    config, _, _, device, _ = prepared
     if args.check_only:
         return 0
-    distributed.initialize_for(config, device)
     try:
+        return _train(prepared)
+    except KeyboardInterrupt:
+        print_error("interrupted; what was saved before is as it was")
+        return 128 + signal.SIGINT
+
+
+def _train(prepared: tuple[RunConfig, Any, list[Any], Device, Choice | None]) -> int:
+    from megatron_sharedproj.checkpointing.saver import SaveError
+    from megatron_sharedproj.training.bad_steps import BadStepsError
+    from megatron_sharedproj.training.signals import Stopped
+
+    trainer = None
+    try:
+        distributed.initialize_for(prepared[0], prepared[3])
         trainer = build_trainer(*prepared)
         code = trainer.train()
         trainer.log.close()
+    except Stopped as stopped:
+        print_error(f"stopped by a signal before the first step ({stopped})")
+        return 128 + stopped.number
     except (ValueError, RuntimeError) as error:
-        from megatron_sharedproj.checkpointing.saver import SaveError
-
+        if torch.distributed.is_initialized() and distributed.is_lost_connection(error):
+            _report_lost(trainer, error)
+            return 5
         if not _expected(error):
             raise
         print_error(error)
-        return 3 if isinstance(error, SaveError) else 2
+        return 3 if isinstance(error, SaveError) else 4 if isinstance(error, BadStepsError) else 2
     distributed.finalize()
     return code
+
+
+def _report_lost(trainer: Any, error: Exception) -> None:
+    lost = distributed.lost_ranks()
+    ranks = torch.distributed.get_world_size()
+    first = min((rank for rank in range(ranks) if rank not in lost), default=0)
+    if torch.distributed.get_rank() != first:
+        return
+    reason = (str(error).splitlines() or [""])[0]
+    who = (
+        f"rank {', '.join(map(str, lost))} ended or does not answer"
+        if lost
+        else f"a collective failed: {reason}"
+    )
+    at = f" at iteration {trainer.iteration + 1}" if trainer is not None else " before the first step"
+    saved = trainer.last_saved if trainer is not None else -1
+    remedy = (
+        f"the last checkpoint is iteration {saved}" if saved >= 0 else "no checkpoint of this run is saved"
+    )
+    # Not print_error: it speaks for rank 0, which may be the one.
+    print(f"error: {who}{at}; {remedy}; start again to resume", file=sys.stderr, flush=True)
 
 
 def _expected(error: Exception) -> bool:

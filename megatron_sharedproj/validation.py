@@ -108,6 +108,8 @@ def check_train(config: RunConfig, data_parallel_size: int) -> None:
             hint = " (--eval-iters 0 turns validation off)" if flag == "--eval-interval" else ""
             raise ValueError(f"{flag} {interval}: must be at least 1{hint}")
     _check_retention(config)
+    if train.max_nan_iterations < 1:
+        raise ValueError(f"--max-nan-iterations {train.max_nan_iterations}: must be at least 1")
     step = train.micro_batch_size * data_parallel_size
     if train.global_batch_size % step:
         nearest = max(step, round(train.global_batch_size / step) * step)

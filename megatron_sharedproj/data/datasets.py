@@ -5,11 +5,15 @@ Shape legend: b micro batch, s sequence length.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import signal
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed
 
 from megatron_sharedproj.config import DataConfig, TrainConfig
 from megatron_sharedproj.data.inspection import check_training_data
@@ -209,6 +213,8 @@ def build_datasets(
     kind: Any = GPTDataset if blends else MockGPTDataset
     if data.data_protocol == "padded":
         kind = PaddedDataset
+    if torch.distributed.get_rank() == 0:
+        _drop_cut_caches(data, blends)
     try:
         return list(BlendedMegatronDatasetBuilder(kind, wanted, lambda: True, config).build())
     except (AssertionError, IndexError, ValueError) as error:
@@ -216,6 +222,18 @@ def build_datasets(
             f"--data-path: Megatron-Core could not build a data set of {train.seq_length}-token sequences "
             f"({error})"
         ) from error
+
+
+def _drop_cut_caches(data: DataConfig, blends: list[Any]) -> None:
+    """Delete index caches that a killed run left half-written; Megatron-Core takes any for a whole one."""
+    prefixes = [prefix for blend in blends if blend for prefix in blend[0]]
+    folders = [Path(data.data_cache_path)] if data.data_cache_path else [Path(p) / "cache" for p in prefixes]
+    for path in (path for folder in sorted(set(folders)) for path in folder.rglob("*.npy")):
+        try:
+            np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError):
+            print(f"note: {path} is cut short and is built anew", file=sys.stderr, flush=True)
+            path.unlink(missing_ok=True)
 
 
 class PretrainingSampler:
@@ -239,18 +257,67 @@ class PretrainingSampler:
             yield list(range(first, first + self.micro_batch_size))
 
 
+class _Loading:
+    """Micro batches of a sampler, in order; goes on with new loader processes where one was killed."""
+
+    def __init__(self, make: Callable[[int], Any], consumed: int, stripe: int):
+        self._make, self._position, self._stripe = make, consumed, stripe
+        self._batches, self._failures = self._start(), 0
+
+    def _start(self) -> Any:
+        before = signal.getsignal(signal.SIGCHLD)
+        batches = iter(self._make(self._position))
+        if signal.getsignal(signal.SIGCHLD) is not before:
+            # torch's handler raises wherever the main thread is, in the middle of an update too; without it
+            # a loader that died is noticed when the next batch is due.
+            signal.signal(signal.SIGCHLD, before)
+        return batches
+
+    def __iter__(self) -> _Loading:
+        return self
+
+    def __next__(self) -> dict[str, torch.Tensor]:
+        while True:
+            try:
+                batch = next(self._batches)
+            except (RuntimeError, ConnectionError, EOFError) as error:
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                # An error in a loader ("Caught ...") is not its death; a dead one's batch cannot be read.
+                died = not isinstance(error, RuntimeError) or "DataLoader worker" in reason
+                if not died or reason.startswith("Caught "):
+                    raise
+                self._failures += 1
+                if self._failures > _LOADER_RESTARTS:
+                    raise ValueError(
+                        f"--num-workers: data loader processes die again and again ({reason}); give fewer, "
+                        "0 for none, or more (shared) memory"
+                    ) from error
+                print(f"note: {reason}; started anew", file=sys.stderr, flush=True)
+                self._batches = self._start()
+                continue
+            self._failures = 0
+            self._position += self._stripe
+            return batch
+
+
+# In a row, without a batch in between.
+_LOADER_RESTARTS = 3
+
+
 def build_iterator(
     dataset: Any, train: TrainConfig, *, consumed: int, rank: int, ranks: int, num_workers: int
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Micro batches of this rank: tokens, labels [b, s] int64, loss_mask [b, s] float32, position_ids."""
-    sampler = PretrainingSampler(len(dataset), consumed, train.micro_batch_size, rank, ranks)
-    loader = torch.utils.data.DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        pin_memory=get_device().pins_memory,
-        # Without its own, the loader takes its worker seed from the stream that dropout draws from.
-        generator=torch.Generator(),
-    )
-    return iter(loader)
+
+    def loader(start: int) -> Any:
+        return torch.utils.data.DataLoader(
+            dataset,
+            batch_sampler=PretrainingSampler(len(dataset), start, train.micro_batch_size, rank, ranks),
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=get_device().pins_memory,
+            # Without its own, the loader takes its worker seed from the stream that dropout draws from.
+            generator=torch.Generator(),
+        )
+
+    return _Loading(loader, consumed, train.micro_batch_size * ranks)

@@ -109,7 +109,8 @@ def load_run(path: str | Path) -> Run:
             for records in (training, validation):
                 for later in [i for i in records if i >= iteration]:
                     del records[later]
-            training[iteration] = record
+            if record["lm_loss"] is not None:  # no step of the interval had a finite loss
+                training[iteration] = record
         if "validation_lm_loss" in record:
             validation[iteration] = record
     if not training and not validation:
@@ -121,7 +122,7 @@ def _check_record(record: Any, where: str) -> None:
     if not isinstance(record, dict) or type(record.get("iteration")) is not int:
         raise ValueError(f"{where}: not a record of the trainer (no integer iteration); remove the line")
     for name in ("lm_loss", "validation_lm_loss"):
-        if name in record and not _number(record[name]):
+        if record.get(name) is not None and not _number(record[name]):
             raise ValueError(f"{where}: {name} is {record[name]!r}, not a number; remove the line")
 
 

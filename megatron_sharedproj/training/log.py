@@ -30,6 +30,7 @@ class TrainingLog:
         self._flops_per_token = formulas.train_flops_per_token(config.model, config.train.seq_length)
         self._losses: list[float] = []
         self._skipped = 0
+        self._bad = 0  # with a NaN or infinite loss or gradient
         self._timed = 0  # steps since the clock was started; a resumed interval has more losses
         self._interval_start = time.perf_counter()
         self._started = time.perf_counter()
@@ -74,11 +75,12 @@ class TrainingLog:
 
     def state(self) -> dict[str, Any]:
         """The interval under way, JSON-ready, for a checkpoint."""
-        return {"losses": self._losses, "skipped": self._skipped}
+        return {"losses": self._losses, "skipped": self._skipped, "bad": self._bad}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on with the interval that a checkpoint was saved in."""
         self._losses, self._skipped = list(state["losses"]), int(state["skipped"])
+        self._bad = int(state.get("bad", 0))
 
     def message(self, text: str) -> None:
         """One line for people, on the logging rank."""
@@ -113,26 +115,30 @@ class TrainingLog:
         learning_rate: float,
         consumed_samples: int,
         skipped: bool,
+        bad: bool = False,
         loss_scale: float,
         figures: dict[str, Any] | None = None,
     ) -> None:
         """Note a step; write the record when its interval is full.
 
         Args:
+            bad: the loss or a gradient is NaN or infinite; the loss is left out of the interval's mean.
             figures: of metrics.py, for the record of a step that is :meth:`due`.
         """
         if self._first_iteration is None:
             self._first_iteration = iteration - 1
         # Every rank counts, since a checkpoint of any of them carries the interval that is under way.
-        self._losses.append(loss)
+        if not bad:
+            self._losses.append(loss)
         self._skipped += skipped
+        self._bad += bad
         self._timed += 1
         if self._progress:
             self._show_progress(iteration, loss)
         if not self.due(iteration):
             return
-        losses, skipped_steps, timed = self._losses, self._skipped, self._timed
-        self._losses, self._skipped, self._timed = [], 0, 0
+        losses, skipped_steps, bad_steps, timed = self._losses, self._skipped, self._bad, self._timed
+        self._losses, self._skipped, self._bad, self._timed = [], 0, 0, 0
         if not self.enabled:
             return
         train = self.config.train
@@ -148,10 +154,11 @@ class TrainingLog:
             "tflops_per_rank": tokens * self._flops_per_token / seconds / self.world_size / 1e12,
             "learning_rate": learning_rate,
             "global_batch_size": train.global_batch_size,
-            "lm_loss": sum(losses) / len(losses),
+            "lm_loss": sum(losses) / len(losses) if losses else None,
             "loss_scale": loss_scale,
             "grad_norm": grad_norm,
             "skipped_iterations": skipped_steps,
+            "nan_iterations": bad_steps,
             "variant": self.config.model.attention_variant,
             **(figures or {}),
         }
@@ -169,7 +176,7 @@ class TrainingLog:
         self.restart_clock()
 
     def _print(self, r: dict[str, Any]) -> None:
-        # Megatron's fields in Megatron's order, then ours. A NaN stops the run, so that its count is 0.
+        # Megatron's fields in Megatron's order, then ours.
         throughput = ""
         if self.config.log.log_throughput:
             throughput = f" throughput per GPU (TFLOP/s/GPU): {r['tflops_per_rank']:.3f} |"
@@ -184,13 +191,15 @@ class TrainingLog:
         parts = "".join(f" grad norm {key.removeprefix(GROUP_NORM)}: {value:.3f} |" for key, value in groups)
         if "peak_memory_bytes" in r:
             parts += f" memory (MiB): {r['peak_memory_bytes'] / 2**20:.1f} on rank {r['peak_memory_rank']} |"
+        loss = "nan" if r["lm_loss"] is None else f"{r['lm_loss']:.6E}"
         self.message(
             f"iteration {r['iteration']:8d}/{r['train_iters']:8d} | "
             f"consumed samples: {r['consumed_samples']:12d} | "
             f"elapsed time per iteration (ms): {r['elapsed_ms_per_iteration']:.1f} |{throughput} "
             f"learning rate: {r['learning_rate']:.6E} | global batch size: {r['global_batch_size']:5d} | "
-            f"lm loss: {r['lm_loss']:.6E} | loss scale: {r['loss_scale']:.1f} |{norm} "
-            f"number of skipped iterations: {r['skipped_iterations']:3d} | number of nan iterations:   0 | "
+            f"lm loss: {loss} | loss scale: {r['loss_scale']:.1f} |{norm} "
+            f"number of skipped iterations: {r['skipped_iterations']:3d} | "
+            f"number of nan iterations: {r['nan_iterations']:3d} | "
             f"tokens/s: {r['tokens_per_second']:.0f} |{parts} variant: {r['variant']} |"
         )
 
@@ -236,7 +245,7 @@ class TrainingLog:
         if self._tensorboard is not None:
             for tag, value in shown.items():
                 self._tensorboard.add_scalar(tag, value, record["iteration"])
-            if "lm_loss" in record:
+            if record.get("lm_loss") is not None:
                 self._tensorboard.add_scalar(
                     "lm loss vs samples", record["lm_loss"], record["consumed_samples"]
                 )

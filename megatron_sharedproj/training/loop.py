@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -26,11 +27,14 @@ from megatron_sharedproj.device import Device
 from megatron_sharedproj.layers.core_attention import document_lengths
 from megatron_sharedproj.model import ModelChunks
 from megatron_sharedproj.ops.zigzag import own_chunks
-from megatron_sharedproj.training import metrics
+from megatron_sharedproj.training import bad_steps, metrics
 from megatron_sharedproj.training.log import TrainingLog
 from megatron_sharedproj.training.signals import StopSignals
 
 Hook = Callable[["Trainer"], None]
+
+# Global batches of a validation between two looks at the signals.
+_EVALUATED_AT_ONCE = 10
 
 
 def forward_step(
@@ -114,6 +118,8 @@ class Trainer:
     last_loss: float = math.nan
     last_grad_norm: float | None = None
     last_saved: int = -1
+    bad_steps_in_a_row: int = 0
+    signals: StopSignals = field(default_factory=StopSignals)
     saver: CheckpointSaver = field(init=False)
 
     def __post_init__(self) -> None:
@@ -163,8 +169,10 @@ class Trainer:
     def step(self, iterator: Any) -> None:
         """One optimizer step over a global batch.
 
+        A loss or gradient that is NaN or infinite leaves the weights as they were.
+
         Raises:
-            RuntimeError: if the loss or a gradient is not finite; weights are as they were before the step.
+            BadStepsError: after --max-nan-iterations such steps in a row.
         """
         train = self.config.train
         for chunk in self.chunks:
@@ -177,22 +185,18 @@ class Trainer:
             (g["lr"] for g in self.optimizer.param_groups if g.get("default_config", True)), 0.0
         )
         loss = self._schedule_step(iterator, micro_batches, forward_only=False)
-        if not math.isfinite(loss) or not self._gradients_are_finite():
-            self.finish_save()
-            what = f"loss is {loss}" if not math.isfinite(loss) else "loss is finite but its gradient is not"
-            saved = (
-                f"the last checkpoint is iteration {self.last_saved}"
-                if self.last_saved >= 0
-                else "none is saved"
-            )
-            raise RuntimeError(
-                f"{what} at iteration {self.iteration + 1}, {saved}; lower --lr or --clip-grad"
-            )
+        bad = not math.isfinite(loss) or not self._gradients_are_finite()
+        if bad:
+            self._note_bad_step(bad_steps.describe(self, loss, learning_rate))
+        else:
+            self.bad_steps_in_a_row = 0
         figures, logged = {}, self.log.due(self.iteration + 1)
-        if logged:
+        if logged and not bad:
             scale = float(self.optimizer.get_loss_scale().item())
             figures = metrics.gradient_figures(self.config.log, self.chunks, scale)
-        updated, grad_norm, _ = self.optimizer.step()
+        updated, grad_norm = False, None
+        if not bad:
+            updated, grad_norm, _ = self.optimizer.step()
         if updated:
             self.schedule.step(increment=train.global_batch_size)
         self.iteration += 1
@@ -209,11 +213,26 @@ class Trainer:
             learning_rate=learning_rate,
             consumed_samples=self.consumed_samples,
             skipped=not updated,
+            bad=bad,
             loss_scale=float(self.optimizer.get_loss_scale().item()),
             figures=figures,
         )
         for hook in self.hooks:
             hook(self)
+
+    def _note_bad_step(self, what: str) -> None:
+        self.bad_steps_in_a_row += 1
+        count, limit = self.bad_steps_in_a_row, self.config.train.max_nan_iterations
+        at = f"{what} at iteration {self.iteration + 1}"
+        if count < limit:
+            self.log.message(f"{at}: step skipped ({count} in a row, the run stops at {limit})")
+            return
+        self.finish_save()
+        saved = (
+            f"the last checkpoint is iteration {self.last_saved}" if self.last_saved >= 0 else "none is saved"
+        )
+        times = f", {count} steps in a row" if count > 1 else ""
+        raise bad_steps.BadStepsError(f"{at}{times}, {saved}; lower --lr or --clip-grad")
 
     def _gradients_are_finite(self) -> bool:
         """Whether no rank has a NaN or infinite gradient; fp16 leaves that to its loss scale."""
@@ -236,8 +255,8 @@ class Trainer:
         Args:
             name: ``validation`` or ``test``.
         Returns:
-            ``lm_loss`` (nats per scored token), and ``perplexity``, or ``padded_perplexity`` with the
-            split's ``real_token_share``.
+            None without data, or when a signal came; else ``lm_loss`` (nats per scored token), and
+            ``perplexity``, or ``padded_perplexity`` with the split's ``real_token_share``.
         """
         train = self.config.train
         dataset = self.test_data if name == "test" else self.valid_data
@@ -246,15 +265,24 @@ class Trainer:
         # The generator's state is put back: a validation must not shift the dropout of later steps.
         rng = self.device.rng_state()
         self._set_training(False)
-        micro_batches = train.eval_iters * (
-            train.global_batch_size
-            // (train.micro_batch_size * parallel_state.get_data_parallel_world_size())
+        micro_batches = train.global_batch_size // (
+            train.micro_batch_size * parallel_state.get_data_parallel_world_size()
         )
         iterator = self._iterator(dataset, 0)
+        total, stopped = 0.0, False
         with torch.no_grad():
-            loss = self._schedule_step(iterator, micro_batches, forward_only=True)
+            for start in range(0, train.eval_iters, _EVALUATED_AT_ONCE):
+                count = min(_EVALUATED_AT_ONCE, train.eval_iters - start)
+                total += count * self._schedule_step(iterator, count * micro_batches, forward_only=True)
+                stopped = self.signals.any_rank(self.torch_device)
+                if stopped:
+                    break
         self._set_training(True)
         self.device.set_rng_state(rng)
+        if stopped:
+            self.log.message(f"{name} at iteration {self.iteration} is left out: stopped by a signal")
+            return None
+        loss = total / train.eval_iters
         perplexity = math.exp(min(loss, 50.0))
         if self.config.data.data_protocol == "padded":
             results = {
@@ -318,6 +346,7 @@ class Trainer:
                 "started_from": self.origin,
                 "schedule": self.schedule.state_dict(),
                 "log": self.log.state(),
+                "bad_steps_in_a_row": self.bad_steps_in_a_row,
                 "data_fingerprint": self.data_fingerprint,
             },
             copy=behind,
@@ -356,7 +385,7 @@ class Trainer:
             gc.disable()
             gc.collect()
         self.log.restart_clock()
-        with StopSignals() as signals, self.device.keep_freed_memory():
+        with self.signals, self.device.keep_freed_memory():
             while self.iteration < train.train_iters:
                 self.step(iterator)
                 if train.manual_gc_interval and self.iteration % train.manual_gc_interval == 0:
@@ -369,8 +398,8 @@ class Trainer:
                 elif self.saver.pending is not None:
                     self._saved(self.saver.poll())
                 self.log.resume(paused)
-                if signals.any_rank(self.torch_device):
-                    stopped = 128 + (signals.received or 15)
+                if self.signals.any_rank(self.torch_device):
+                    stopped = 128 + (self.signals.received or signal.SIGTERM)
                     self.log.message(f"stopped by a signal at iteration {self.iteration}")
                     break
                 if train.exit_duration_in_mins:
@@ -384,7 +413,9 @@ class Trainer:
                     break
             self.save(last=True)
             self.finish_save()
-        if stopped is None and self.iteration >= train.train_iters:
-            self.evaluate()
-            self.evaluate("test")
+            if stopped is None and self.iteration >= train.train_iters:
+                self.evaluate()
+                self.evaluate("test")
+                if self.signals.any_rank(self.torch_device):
+                    stopped = 128 + (self.signals.received or signal.SIGTERM)
         return stopped or 0

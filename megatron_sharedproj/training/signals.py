@@ -12,6 +12,14 @@ import torch.distributed
 _WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
+class Stopped(Exception):
+    """A stop signal arrived where there is nothing to save."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
 class StopSignals:
     """Context manager: remembers the first stop signal; a second SIGINT interrupts as usual."""
 
@@ -38,3 +46,8 @@ class StopSignals:
         flag = torch.tensor([int(self.received is not None)], device=device)
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
         return bool(flag.item())
+
+    def raise_if_any(self, device: torch.device) -> None:
+        """Raises Stopped on all ranks if any got a signal; collective."""
+        if self.any_rank(device):
+            raise Stopped(self.received or signal.SIGTERM)

@@ -117,7 +117,7 @@ def test_a_signal_while_a_save_is_under_way(parallel_state: Any, tmp_path: Path)
 
 
 def test_a_bad_loss_keeps_the_save_under_way(parallel_state: Any, tmp_path: Path) -> None:
-    trainer = start(tmp_path, save_interval=2, async_save=True)
+    trainer = start(tmp_path, save_interval=2, async_save=True, max_nan_iterations=1)
 
     def poison(t: Any) -> None:
         if t.iteration == 3:

@@ -274,7 +274,8 @@ def test_a_small_gradient_is_left_alone(prefix: Path) -> None:
 
 
 def test_a_nan_loss_stops_before_it_spoils_the_weights(prefix: Path, tmp_path: Path) -> None:
-    trainer = tiny.trainer(tiny.flags(prefix, save=tmp_path / "run", save_interval=2, lr_warmup_iters=0))
+    line = tiny.flags(prefix, save=tmp_path / "run", save_interval=2, lr_warmup_iters=0, max_nan_iterations=1)
+    trainer = tiny.trainer(line)
 
     def poison(t: Any) -> None:
         if t.iteration == 3:
@@ -295,7 +296,8 @@ def test_a_nan_loss_stops_before_it_spoils_the_weights(prefix: Path, tmp_path: P
 
 def test_a_nan_gradient_stops_before_the_update(prefix: Path, tmp_path: Path) -> None:
     """The loss is finite, so only the gradient shows it; updated and saved, no restart would get past it."""
-    trainer = tiny.trainer(tiny.flags(prefix, save=tmp_path / "run", save_interval=1, lr_warmup_iters=0))
+    line = tiny.flags(prefix, save=tmp_path / "run", save_interval=1, lr_warmup_iters=0, max_nan_iterations=1)
+    trainer = tiny.trainer(line)
     bias = trainer.model.module.decoder.final_layernorm.bias
     bias.register_hook(lambda grad: grad * (math.nan if trainer.iteration == 3 else 1.0))
     with pytest.raises(
