@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -237,6 +238,8 @@ def test_ctrl_c_keeps_what_is_finished(run_folder: Path, tmp_path: Path) -> None
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        # A shell's background job, and what it starts, ignores the signal otherwise.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 100
     while time.monotonic() < deadline and not (out.is_file() and out.stat().st_size):
