@@ -22,13 +22,13 @@ from megatron_sharedproj.profiling.tables import Column, Section
 
 MEMORY = ("weights", "gradients", "optimizer", "activations", "logits", "temporary", "total")
 _SIZES = ("tensor_model", "pipeline_model", "context", "data")
-SENT = ("tensor_parallel", "data_parallel", "parameter_gather", "pipeline", "total")
+SENT = ("tensor_parallel", "context_parallel", "data_parallel", "parameter_gather", "pipeline", "total")
 
 
 def sizes(config: RunConfig, world_size: int) -> dict[str, int]:
     """Parallel sizes of a run, and the micro batches that a rank accumulates in a step."""
     parallel, train = config.parallel, config.train
-    found = {name: int(getattr(parallel, f"{name}_parallel_size", 1)) for name in _SIZES[:-1]}
+    found = {name: getattr(parallel, f"{name}_parallel_size") for name in _SIZES[:-1]}
     found["data"] = world_size // (found["tensor_model"] * found["pipeline_model"] * found["context"])
     found["micro_batches"] = train.global_batch_size // (train.micro_batch_size * found["data"])
     return found
@@ -87,8 +87,7 @@ def _rank(config: RunConfig, layout: dict[str, int], stage: int) -> dict[str, An
         "pipeline_stage": stage,
         "micro_batches": layout["micro_batches"],
     }
-    recompute = getattr(parallel, "recompute_granularity", "") or "none"
-    memory = training_memory_bytes(model, parallel, recompute=recompute, **step)
+    memory = training_memory_bytes(model, parallel, **step)
     sent = communication_bytes(model, parallel, **step)
     return {
         "pipeline_stage": stage,

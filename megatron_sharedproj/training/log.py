@@ -207,7 +207,9 @@ class TrainingLog:
         """Record a validation or test: ``lm_loss``, and ``perplexity`` or ``padded_perplexity``."""
         if not self.enabled:
             return
-        text = " | ".join(f"{name.replace('_', ' ')}: {value:.6E}" for name, value in results.items())
+        # Both words in the line; in the records the plain name is the packed one.
+        named = {"packed_perplexity" if key == "perplexity" else key: value for key, value in results.items()}
+        text = " | ".join(f"{key.replace('_', ' ')}: {value:.6E}" for key, value in named.items())
         self.message(f"{name} at iteration {iteration} | {text} |")
         self._write({"iteration": iteration, **{f"{name}_{k}": v for k, v in results.items()}})
 

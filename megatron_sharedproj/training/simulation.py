@@ -9,6 +9,7 @@ Shape legend: b micro batch, s sequence length.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -60,6 +61,7 @@ _KINDS: dict[str, tuple[str, Callable[[int, int], int]]] = {
 
 class _Call(NamedTuple):
     name: str
+    group: str
     ranks: tuple[int, ...]
     tensor_bytes: int
 
@@ -115,13 +117,9 @@ def simulate(config: RunConfig, world_size: int) -> list[SimulatedRank]:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     get_device().install()
     # Megatron's order of ranks has the pipeline stages outermost.
-    stages = _size(config, "pipeline_model_parallel_size")
+    stages = config.parallel.pipeline_model_parallel_size
     ranks = [0] if stages == 1 else [0, world_size - world_size // stages]
     return [_simulate_rank(config, rank, world_size) for rank in ranks]
-
-
-def _size(config: RunConfig, name: str) -> int:
-    return int(getattr(config.parallel, name, 1))
 
 
 def _simulate_rank(config: RunConfig, rank: int, world_size: int) -> SimulatedRank:
@@ -130,15 +128,15 @@ def _simulate_rank(config: RunConfig, rank: int, world_size: int) -> SimulatedRa
 
     from megatron_sharedproj import distributed
 
-    train = config.train
-    virtual = _size(config, "num_virtual_stages_per_pipeline_rank")
+    parallel, train = config.parallel, config.train
+    virtual = parallel.num_virtual_stages_per_pipeline_rank
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=_size(config, "tensor_model_parallel_size"),
-            pipeline_model_parallel_size=_size(config, "pipeline_model_parallel_size"),
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
-            context_parallel_size=_size(config, "context_parallel_size"),
+            context_parallel_size=parallel.context_parallel_size,
             create_gloo_process_groups=False,
         )
         distributed.seed_all(train.seed)
@@ -158,26 +156,26 @@ def _wrapped_chunks(config: RunConfig) -> list[Any]:
     """The rank's part of the model in Megatron's DistributedDataParallel, as the trainer builds it."""
     from megatron.core.distributed import finalize_model_grads
 
-    from megatron_sharedproj import model
+    from megatron_sharedproj.model import build_chunks
     from megatron_sharedproj.training.optimizer import wrap_data_parallel
 
-    options: dict[str, Any] = {
-        "dtype": getattr(torch, config.train.params_dtype),
-        "perform_initialization": False,
-        "finalize_model_grads_func": finalize_model_grads,
-    }
-    if not hasattr(model, "build_chunks"):  # without pipeline parallelism
-        whole = model.build_model(config.model, config.parallel, **options)
-        return [wrap_data_parallel(whole, config.parallel, config.train)]
-    # torch cannot batch sends of meta tensors; one by one they are as many.
-    chunks = model.build_chunks(config.model, config.parallel, batch_p2p_comm=False, **options)
-    return wrap_data_parallel(chunks, config.parallel, config.train)
+    # Overlapping moves collectives within the step, and sends the same.
+    parallel = dataclasses.replace(config.parallel, overlap_grad_reduce=False, overlap_param_gather=False)
+    chunks = build_chunks(
+        config.model,
+        parallel,
+        dtype=getattr(torch, config.train.params_dtype),
+        perform_initialization=False,
+        finalize_model_grads_func=finalize_model_grads,
+        batch_p2p_comm=False,  # torch cannot batch sends of meta tensors; one by one they are as many
+    )
+    return wrap_data_parallel(chunks, parallel, config.train)
 
 
 def _calls(config: RunConfig, chunks: list[Any], batches: int) -> Counter[_Call]:
     """How often each collective runs in a step of so many micro batches."""
     # Every further micro batch (or round of them over the stages) adds the same calls.
-    unit = _size(config, "pipeline_model_parallel_size")
+    unit = config.parallel.pipeline_model_parallel_size
     if batches <= 2 * unit or batches % unit:
         return _step(config, chunks, batches)
     once, twice = (_step(config, chunks, n) for n in (unit, 2 * unit))
@@ -234,7 +232,7 @@ class _Recorder(TorchDispatchMode):
             )
             if group.size() > 1:
                 ranks = tuple(torch.distributed.get_process_group_ranks(group))
-                self.calls[_Call(name, ranks, _largest(args))] += 1
+                self.calls[_Call(name, group.group_name, ranks, _largest(args))] += 1
             if (
                 "coalesced" in name
             ):  # torch has no meta kernel for these; all they return is the work's handle
@@ -259,9 +257,9 @@ def _collectives(calls: Counter[_Call]) -> tuple[Collective, ...]:
     def ranks(group: Any) -> tuple[int, ...]:
         return tuple(torch.distributed.get_process_group_ranks(group))
 
-    # Several of Megatron's groups have the same ranks: those say what a call is for.
+    # Several of Megatron's groups have the same ranks, which say what a call is for.
+    context = state.get_context_parallel_group()
     purposes = {
-        ranks(state.get_context_parallel_group()): "context_parallel",
         ranks(state.get_data_parallel_group(with_context_parallel=True)): "data_parallel",
         ranks(state.get_pipeline_model_parallel_group()): "pipeline",
         ranks(state.get_tensor_model_parallel_group()): "tensor_parallel",
@@ -272,7 +270,9 @@ def _collectives(calls: Counter[_Call]) -> tuple[Collective, ...]:
     for call, times in calls.items():
         kind, sent = _KINDS[call.name]
         purpose = purposes.get(call.ranks, "other")
-        if kind in ("send", "receive"):
+        if call.group == context.group_name:
+            purpose = "context_parallel"  # without further replicas its ranks are those of the gradients
+        elif kind in ("send", "receive"):
             purpose = "pipeline"  # two stages also talk through the group of all ranks
         elif purpose == "data_parallel" and kind == "all-gather":
             purpose = "parameter_gather"

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import tiny
+from megatron_sharedproj.arguments import build_parser, run_config
 from megatron_sharedproj.checkpointing import files, resolve_checkpoint
 from megatron_sharedproj.reporting.plots import load_run
 
@@ -578,3 +579,37 @@ def test_a_disabled_log_writes_nothing(
     log.close()
     assert capsys.readouterr().out == ""
     assert not (tmp_path / "no").exists()
+
+
+def test_progress_counts_evaluation_and_saving_but_not_the_start(
+    prefix: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resumed run of 10 steps, at iteration 4: 3 s before its first step, 1 s a step, 4 s of validation."""
+    import io
+
+    from megatron_sharedproj.training import log as module
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    clock, terminal = [0.0], Terminal()
+    monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(module.sys, "stderr", terminal)
+    line = tiny.flags(prefix, train_iters=10, log_interval=100)
+    config = run_config(build_parser().parse_args(line), tiny.VOCAB, 1)
+    log = module.TrainingLog(config, world_size=1, device_name="cpu", enabled=True)
+    clock[0] += 3
+    log.restart_clock()
+
+    def step(iteration: int) -> str:
+        clock[0] += 1
+        rest = {"learning_rate": 0.1, "consumed_samples": 4, "skipped": False, "loss_scale": 1.0}
+        log.step(iteration, loss=2.0, grad_norm=1.0, **rest)
+        return terminal.getvalue().rpartition("\r")[2]
+
+    assert "step 5/10  loss 2.0000  1.00 s/step  ETA 5s" in step(5)
+    paused = log.pause()
+    clock[0] += 4
+    log.resume(paused)
+    assert "step 6/10  loss 2.0000  3.00 s/step  ETA 12s" in step(6)

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 import tiny
-from megatron_sharedproj.config import ParallelConfig
 
 TESTS = Path(__file__).resolve().parents[1]
 MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
@@ -33,28 +32,30 @@ MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
         },
     ),
 }
+PP2 = {"pipeline_model_parallel_size": 2, "num_layers": 4}
 TP2 = {"tensor_model_parallel_size": 2}
 BF16 = {"bf16": True, "use_distributed_optimizer": True}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
     "DP8": (8, {}),
     "DP8+optimizer": (8, {**BF16, "grad_reduce_in_bf16": True}),
+    "DP4+overlap": (4, {**BF16, "overlap_grad_reduce": True, "overlap_param_gather": True}),
     "TP2": (2, TP2),
     "TP2+SP x DP2": (4, {**TP2, **BF16, "sequence_parallel": True}),
+    "CP2": (2, {"context_parallel_size": 2}),
+    "CP2 x TP2 x DP2": (8, {"context_parallel_size": 2, **TP2, **BF16}),
+    "PP2 x DP2": (4, {**PP2, **BF16}),
+    "TP2+SP x PP2": (4, {**PP2, **TP2, **BF16, "sequence_parallel": True}),
+    "PP2, interleaved": (2, {**PP2, **BF16, "num_virtual_stages_per_pipeline_rank": 2}),
     "TP4 x DP128": (512, {"tensor_model_parallel_size": 4, "bf16": True}),
 }
-if hasattr(ParallelConfig(), "pipeline_model_parallel_size"):
-    PP = {**BF16, "pipeline_model_parallel_size": 2, "num_layers": 4}
-    LAYOUTS["PP2 x DP2"] = (4, PP)
-    LAYOUTS["TP2+SP x PP2"] = (4, {**PP, **TP2, "sequence_parallel": True})
-    LAYOUTS["PP2, interleaved"] = (2, {**PP, "num_virtual_stages_per_pipeline_rank": 2})
 
 
 def line(model: str, layout: str) -> list[str]:
     variant, groups, shape = MODELS[model]
     world, flags = LAYOUTS[layout]
     sizes = (flags.get(f"{name}_model_parallel_size", 1) for name in ("tensor", "pipeline"))
-    replicas = world // math.prod(sizes)
+    replicas = world // math.prod(sizes) // flags.get("context_parallel_size", 1)
     changes = {"micro_batch_size": 2, "global_batch_size": 2 * replicas * 6, "data_path": None, "split": None}
     return tiny.flags("", variant, groups, **{**changes, **shape, **flags})
 
