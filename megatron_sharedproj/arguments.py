@@ -93,6 +93,8 @@ _TABLE: dict[str, tuple[type, dict[str, str]]] = {
             "seq_length": "tokens in a sequence",
             "micro_batch_size": "sequences per forward pass and rank",
             "global_batch_size": "sequences per step (default micro batch x data-parallel ranks)",
+            "rampup_batch_size": "begin with a global batch of START and raise it by INCREMENT at even "
+            "distances over the first SEQUENCES (with --train-samples)",
             "train_iters": "steps",
             "eval_interval": "steps between validations",
             "eval_iters": "global batches per validation; 0: none",
@@ -229,6 +231,9 @@ def build_parser() -> argparse.ArgumentParser:
             annotation = str(spec.type)
             if annotation == "bool":
                 group.add_argument(flag, action="store_true", help=text)
+            elif annotation == "list[int]":
+                names = ("START", "INCREMENT", "SEQUENCES")
+                group.add_argument(flag, nargs=3, type=int, default=[], metavar=names, help=text)
             elif annotation == "list[str]":
                 group.add_argument(flag, nargs="*", default=[], metavar="PATH", help=text)
             else:
@@ -469,11 +474,11 @@ def _set_by_samples(train: TrainConfig, name: str, count: int) -> None:
     if count < 0 or (count < train.global_batch_size and name != "lr_warmup"):
         raise ValueError(f"{flag}: less than one --global-batch-size of {train.global_batch_size}")
     # As in Megatron-LM: whole global batches.
-    setattr(train, f"{name}_iters", count // train.global_batch_size)
+    setattr(train, f"{name}_iters", train.steps_within(count))
 
 
 def _resolve(config: RunConfig, world_size: int, samples: dict[str, int | None]) -> None:
-    from megatron_sharedproj.validation import check_parallel, check_train
+    from megatron_sharedproj.validation import check_parallel, check_rampup, check_train
 
     train = config.train
     data_parallel = check_parallel(config, world_size)
@@ -481,6 +486,8 @@ def _resolve(config: RunConfig, world_size: int, samples: dict[str, int | None])
         raise ValueError(f"--micro-batch-size {train.micro_batch_size}: must be at least 1")
     if not train.global_batch_size:
         train.global_batch_size = train.micro_batch_size * data_parallel
+    if train.rampup_batch_size:
+        check_rampup(train, data_parallel, samples["train"])
     for name, count in samples.items():
         if count is not None:
             _set_by_samples(train, name, count)

@@ -172,6 +172,7 @@ class TrainConfig:
     seq_length: int = 0
     micro_batch_size: int = 1
     global_batch_size: int = 0  # 0: micro batch x data-parallel size
+    rampup_batch_size: list[int] = field(default_factory=list)  # start, increment, sequences; empty: none
     train_iters: int = 0
     eval_interval: int = 1000
     eval_iters: int = 100
@@ -199,6 +200,32 @@ class TrainConfig:
     exit_interval: int = 0
     exit_duration_in_mins: float = 0.0
     max_nan_iterations: int = 5
+
+    def batch_size_at(self, consumed: int) -> int:
+        """Sequences of the step behind ``consumed`` ones.
+
+        Source: RampupBatchsizeNumMicroBatchesCalculator (megatron.core.num_microbatches_calculator).
+        """
+        if not self.rampup_batch_size or consumed > self.rampup_batch_size[2]:
+            return self.global_batch_size
+        start, increment, samples = self.rampup_batch_size
+        per_increment = samples / ((self.global_batch_size - start) // increment)
+        return start + int(consumed / per_increment) * increment
+
+    def samples_after(self, steps: int, consumed: int = 0) -> int:
+        """Sequences consumed after so many more steps."""
+        while steps and self.rampup_batch_size and consumed <= self.rampup_batch_size[2]:
+            consumed, steps = consumed + self.batch_size_at(consumed), steps - 1
+        return consumed + steps * self.global_batch_size
+
+    def steps_within(self, samples: int) -> int:
+        """Whole steps in so many sequences from the start."""
+        consumed = steps = 0
+        while self.rampup_batch_size and consumed <= self.rampup_batch_size[2]:
+            consumed, steps = consumed + self.batch_size_at(consumed), steps + 1
+            if consumed > samples:
+                return steps - 1
+        return steps + (samples - consumed) // self.global_batch_size
 
     @property
     def params_dtype(self) -> str:

@@ -210,10 +210,10 @@ def build_trainer(
     resumed = checkpoint is not None and not config.checkpoint.finetune
     done = files.train_state(checkpoint) if checkpoint is not None and resumed else {}
     # Flags unchanged, this is train_iters global batches; a run that changed its batch has used others.
-    left = (train.train_iters - done.get("iteration", 0)) * train.global_batch_size
+    consumed = done.get("consumed_samples", 0)
     evaluated = train.eval_iters * train.global_batch_size
     sizes = (
-        done.get("consumed_samples", 0) + left,
+        train.samples_after(train.train_iters - done.get("iteration", 0), consumed),
         evaluated,
         evaluated if config.data.test_data_path else 0,
     )

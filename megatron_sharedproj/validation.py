@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_sharedproj import formulas
-from megatron_sharedproj.config import RunConfig
+from megatron_sharedproj.config import RunConfig, TrainConfig
 from megatron_sharedproj.formulas_memory import training_memory_bytes
 from megatron_sharedproj.layout import check_layout, check_micro_batches, check_sequence
 
@@ -146,6 +146,31 @@ def check_train(config: RunConfig, data_parallel_size: int) -> None:
         raise ValueError("--deterministic-mode: --cross-entropy-loss-fusion is not deterministic; drop one")
     if train.bf16 and train.fp16:
         raise ValueError("--bf16: --fp16 is given too; give one")
+
+
+def check_rampup(train: TrainConfig, data_parallel_size: int, train_samples: int | None) -> None:
+    """Check --rampup-batch-size, which decides what the counts by sequences mean. Raises ValueError."""
+    start, increment, samples = train.rampup_batch_size
+    flag = f"--rampup-batch-size {start} {increment} {samples}"
+    unit, end = train.micro_batch_size * data_parallel_size, train.global_batch_size
+    if train_samples is None:
+        raise ValueError(
+            f"{flag}: needs --train-samples, not --train-iters: a step is no fixed number of them"
+        )
+    if min(start, increment, samples) < 1:
+        raise ValueError(f"{flag}: all three must be at least 1")
+    if start % unit or increment % unit:
+        raise ValueError(
+            f"{flag}: START and INCREMENT must be multiples of --micro-batch-size {train.micro_batch_size} x "
+            f"{data_parallel_size} data-parallel ranks"
+        )
+    if start >= end or (end - start) % increment:
+        raise ValueError(
+            f"{flag}: START plus a whole number of INCREMENTs must give --global-batch-size {end}; take "
+            f"START {end % increment or increment}"
+        )
+    if samples > train_samples:
+        raise ValueError(f"{flag}: --train-samples {train_samples} ends before the ramp does")
 
 
 def _check_retention(config: RunConfig) -> None:

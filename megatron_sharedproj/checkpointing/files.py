@@ -209,6 +209,7 @@ _FLAGS = {
 _SCHEDULE_FIELDS = (
     "seq_length",
     "global_batch_size",
+    "rampup_batch_size",
     "train_iters",
     "seed",
     "lr",

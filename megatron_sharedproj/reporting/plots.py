@@ -122,7 +122,8 @@ def _check_record(record: Any, where: str) -> None:
     if not isinstance(record, dict) or type(record.get("iteration")) is not int:
         raise ValueError(f"{where}: not a record of the trainer (no integer iteration); remove the line")
     for name in ("lm_loss", "validation_lm_loss"):
-        if record.get(name) is not None and not _number(record[name]):
+        all_bad = name == "lm_loss" and record.get(name) is None and record.get("nan_iterations")
+        if name in record and not _number(record[name]) and not all_bad:
             raise ValueError(f"{where}: {name} is {record[name]!r}, not a number; remove the line")
 
 

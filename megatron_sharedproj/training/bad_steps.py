@@ -26,7 +26,7 @@ def describe(trainer: Any, loss: float, learning_rate: float) -> str:
     Returns:
         What is wrong, in words.
     """
-    iteration, train = trainer.iteration + 1, trainer.config.train
+    iteration, train, first = trainer.iteration + 1, trainer.config.train, trainer.consumed_samples
     what = f"loss is {loss}" if not math.isfinite(loss) else "loss is finite but its gradient is not"
     found: dict[str, int] = {}
     for chunk in trainer.chunks:
@@ -46,7 +46,7 @@ def describe(trainer: Any, loss: float, learning_rate: float) -> str:
                 "what": what,
                 "loss": repr(loss),
                 "learning_rate": learning_rate,
-                "samples": [trainer.consumed_samples, trainer.consumed_samples + train.global_batch_size],
+                "samples": [first, first + train.batch_size_at(first)],
                 "parameters_with_bad_gradients": len(found),
                 "bad_elements": dict(list(found.items())[:_NAMED]),
             },

@@ -32,6 +32,7 @@ class TrainingLog:
         self._skipped = 0
         self._bad = 0  # with a NaN or infinite loss or gradient
         self._timed = 0  # steps since the clock was started; a resumed interval has more losses
+        self._samples = 0  # of the timed steps
         self._interval_start = time.perf_counter()
         self._started = time.perf_counter()
         self._first_iteration: int | None = None
@@ -113,6 +114,7 @@ class TrainingLog:
         loss: float,
         grad_norm: float | None,
         learning_rate: float,
+        batch_size: int,
         consumed_samples: int,
         skipped: bool,
         bad: bool = False,
@@ -133,17 +135,19 @@ class TrainingLog:
         self._skipped += skipped
         self._bad += bad
         self._timed += 1
+        self._samples += batch_size
         if self._progress:
             self._show_progress(iteration, loss)
         if not self.due(iteration):
             return
-        losses, skipped_steps, bad_steps, timed = self._losses, self._skipped, self._bad, self._timed
-        self._losses, self._skipped, self._bad, self._timed = [], 0, 0, 0
+        losses, skipped_steps, bad_steps = self._losses, self._skipped, self._bad
+        timed, samples = self._timed, self._samples
+        self._losses, self._skipped, self._bad, self._timed, self._samples = [], 0, 0, 0, 0
         if not self.enabled:
             return
         train = self.config.train
         seconds = (time.perf_counter() - self._interval_start) / timed
-        tokens = train.global_batch_size * train.seq_length
+        tokens = samples * train.seq_length / timed
         record: dict[str, Any] = {
             "iteration": iteration,
             "train_iters": train.train_iters,
@@ -153,7 +157,7 @@ class TrainingLog:
             "tokens_per_second": tokens / seconds,
             "tflops_per_rank": tokens * self._flops_per_token / seconds / self.world_size / 1e12,
             "learning_rate": learning_rate,
-            "global_batch_size": train.global_batch_size,
+            "global_batch_size": batch_size,
             "lm_loss": sum(losses) / len(losses) if losses else None,
             "loss_scale": loss_scale,
             "grad_norm": grad_norm,

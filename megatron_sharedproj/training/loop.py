@@ -178,9 +178,8 @@ class Trainer:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        micro_batches = train.global_batch_size // (
-            train.micro_batch_size * parallel_state.get_data_parallel_world_size()
-        )
+        batch = train.batch_size_at(self.consumed_samples)
+        micro_batches = batch // (train.micro_batch_size * parallel_state.get_data_parallel_world_size())
         learning_rate = next(
             (g["lr"] for g in self.optimizer.param_groups if g.get("default_config", True)), 0.0
         )
@@ -198,9 +197,9 @@ class Trainer:
         if not bad:
             updated, grad_norm, _ = self.optimizer.step()
         if updated:
-            self.schedule.step(increment=train.global_batch_size)
+            self.schedule.step(increment=batch)
         self.iteration += 1
-        self.consumed_samples += train.global_batch_size
+        self.consumed_samples += batch
         self.last_loss, self.last_grad_norm = loss, grad_norm
         if logged:
             if self.config.log.log_params_norm:
@@ -211,6 +210,7 @@ class Trainer:
             loss=loss,
             grad_norm=grad_norm,
             learning_rate=learning_rate,
+            batch_size=batch,
             consumed_samples=self.consumed_samples,
             skipped=not updated,
             bad=bad,

@@ -80,18 +80,17 @@ def use_fused_update(optimizer: Any) -> None:
 
 def build_schedule(optimizer: Any, train: TrainConfig) -> OptimizerParamScheduler:
     """Linear warm-up, then the decay style; counted in sequences, as in Megatron-LM."""
-    batch = train.global_batch_size
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=train.lr,
         min_lr=train.min_lr,
-        lr_warmup_steps=train.lr_warmup_iters * batch,
-        lr_decay_steps=train.lr_decay_iters * batch,
+        lr_warmup_steps=train.samples_after(train.lr_warmup_iters),
+        lr_decay_steps=train.samples_after(train.lr_decay_iters),
         lr_decay_style=train.lr_decay_style,
         start_wd=train.weight_decay,
         end_wd=train.weight_decay,
-        wd_incr_steps=train.train_iters * batch,
+        wd_incr_steps=train.samples_after(train.train_iters),
         wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,

@@ -574,7 +574,16 @@ def test_a_disabled_log_writes_nothing(
     )
     log = TrainingLog(config, world_size=2, device_name="cpu", enabled=False)
     log.message("nothing")
-    log.step(1, loss=1.0, grad_norm=1.0, learning_rate=0.1, consumed_samples=4, skipped=False, loss_scale=1.0)
+    log.step(
+        1,
+        loss=1.0,
+        grad_norm=1.0,
+        learning_rate=0.1,
+        batch_size=4,
+        consumed_samples=4,
+        skipped=False,
+        loss_scale=1.0,
+    )
     log.evaluation("validation", 1, {"lm_loss": 1.0})
     log.close()
     assert capsys.readouterr().out == ""
@@ -604,7 +613,13 @@ def test_progress_counts_evaluation_and_saving_but_not_the_start(
 
     def step(iteration: int) -> str:
         clock[0] += 1
-        rest = {"learning_rate": 0.1, "consumed_samples": 4, "skipped": False, "loss_scale": 1.0}
+        rest = {
+            "learning_rate": 0.1,
+            "batch_size": 4,
+            "consumed_samples": 4,
+            "skipped": False,
+            "loss_scale": 1.0,
+        }
         log.step(iteration, loss=2.0, grad_norm=1.0, **rest)
         return terminal.getvalue().rpartition("\r")[2]
 
