@@ -6,6 +6,9 @@ PIP := $(PY) -m pip --disable-pip-version-check
 # A machine without a GPU stays on one CPU build of torch; with one, pip chooses the CUDA build.
 CONSTRAINTS := $(shell command -v nvidia-smi > /dev/null && nvidia-smi -L > /dev/null 2>&1 || echo -c constraints-cpu.txt)
 
+# Two test files at a time, each on one thread: what the default machine has.
+PYTEST_ARGS ?= -n 2 --dist loadfile
+
 .DEFAULT_GOAL := help
 .PHONY: help install test test-full lint format clean
 
