@@ -67,6 +67,7 @@ def _state(run: Any) -> tuple[list[Any], ...]:
 
 
 def test_parts_of_a_step(tiny_trainer: Any, tmp_path: Path) -> None:
+    tiny_trainer.step(tiny_trainer._iterator(tiny_trainer.train_data, 0))  # makes what is made once
     before = [sorted(own) for own in _state(tiny_trainer)[0]], _state(tiny_trainer)[1]
     step, loss = tiny_trainer.step, tiny_trainer.model.config.finalize_model_grads_func
     trace = tmp_path / "trace.json"
@@ -74,8 +75,8 @@ def test_parts_of_a_step(tiny_trainer: Any, tmp_path: Path) -> None:
     assert ([sorted(own) for own in _state(tiny_trainer)[0]], _state(tiny_trainer)[1]) == before
     assert tiny_trainer.step == step and tiny_trainer.model.config.finalize_model_grads_func is loss
     assert (
-        tiny_trainer.iteration == 1 + 1 + 1 + 2 + 1
-    )  # warm-up, plain, the profiler's first, profiled, plain
+        tiny_trainer.iteration == 1 + 1 + 1 + 1 + 2 + 1
+    )  # the one above, warm-up, plain, the profiler's first, profiled, plain
     rows = {row["part"]: row for row in found["parts"]}
     assert list(rows) == [*step_parts.PARTS, "idle", "step"]
     for name in ("embedding", "norms", "projection", "attention core", "output projection", "MLP", "head"):
