@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -211,21 +212,15 @@ def check_folders(config: RunConfig) -> None:
 
 
 def _check_writable(flag: str, folder: Path, remedy: str) -> None:
+    # Nothing is made on the way: other nodes of a job look at the same folder at the same time.
     existing = folder.absolute()
-    made: list[Path] = []
-    while not existing.exists():
-        made.append(existing)
+    while not os.path.lexists(existing):
         existing = existing.parent
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         raise ValueError(f"{flag} {folder}: cannot be written ({error.strerror}); {remedy}") from None
-    finally:
-        for path in made:
-            if path.is_dir():
-                path.rmdir()
 
 
 def check_device(config: RunConfig, device: Device, data_parallel_size: int) -> str:

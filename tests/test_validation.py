@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,14 @@ def config(folder: Path, **changes: Any) -> RunConfig:
 
 def test_folders_that_can_be_written_pass_and_stay_as_they_were(tmp_path: Path) -> None:
     check_folders(config(tmp_path, save=tmp_path / "a" / "b", tensorboard_dir=tmp_path / "c"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nodes_that_check_a_folder_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
+    """As under examples/slurm, where every node checks the flags before torchrun."""
+    options = config(tmp_path, save=tmp_path / "runs" / "300m" / "qkv")
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(check_folders, [options] * 2000))
     assert list(tmp_path.iterdir()) == []
 
 
