@@ -204,7 +204,7 @@ class TrainConfig:
     def batch_size_at(self, consumed: int) -> int:
         """Sequences of the step behind ``consumed`` ones.
 
-        Source: RampupBatchsizeNumMicroBatchesCalculator (megatron.core.num_microbatches_calculator).
+        Source: RampupBatchsizeNumMicroBatchesCalculator (megatron-core 0.16.1).
         """
         if not self.rampup_batch_size or consumed > self.rampup_batch_size[2]:
             return self.global_batch_size

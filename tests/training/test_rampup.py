@@ -17,9 +17,12 @@ RAMPS = [(12, [4, 4, 40]), (32, [8, 8, 100]), (32, [4, 2, 17]), (6, [2, 4, 9])]
 
 @pytest.mark.parametrize("end, ramp", RAMPS)
 def test_sizes_are_megatrons(end: int, ramp: list[int]) -> None:
-    from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
+    from megatron.core import num_microbatches_calculator
 
-    calculator = RampupBatchsizeNumMicroBatchesCalculator(end, 1, 1, False, 1, *ramp)
+    if not hasattr(num_microbatches_calculator, "RampupBatchsizeNumMicroBatchesCalculator"):
+        pytest.skip("this megatron-core has other ramps")
+    kind = num_microbatches_calculator.RampupBatchsizeNumMicroBatchesCalculator
+    calculator = kind(end, 1, 1, False, 1, *ramp)
     train = TrainConfig(global_batch_size=end, rampup_batch_size=ramp)
     for consumed in range(ramp[2] + 5):
         calculator.update(consumed, consistency_check=False)
