@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Builds, tests, sanitizes and measures the CUDA kernels on one GPU: under 20 minutes in all.
+# Builds, tests, sanitizes and measures the kernels, training and generation on one GPU: under 35 minutes in all.
 #
 #   bash benchmarks/gpu_all.sh [--output FOLDER] [STAGE ...]
 #
-# Stages: build, test, sanitize, bench (all, in this order, without arguments). A stage that is done is skipped
+# Stages: build, test, sanitize, bench, train, generate (all, in this order, without arguments). A stage that is done is skipped
 # when the script runs again with the same folder; the benchmark goes on where it was stopped. Each stage stops
 # by itself after STAGE_SECONDS (default 470). PYTHON chooses the interpreter, which needs a torch with CUDA,
 # pytest and setuptools; what it measured is left in FOLDER (default benchmarks/results) as dated CSV files.
@@ -15,11 +15,11 @@ stages=()
 while [ $# -gt 0 ]; do
   case "$1" in
     --output) output=${2:?--output needs a folder}; shift 2 ;;
-    build | test | sanitize | bench) stages+=("$1"); shift ;;
-    *) echo "error: $1: choose from --output FOLDER, build, test, sanitize, bench" >&2; exit 2 ;;
+    build | test | sanitize | bench | train | generate) stages+=("$1"); shift ;;
+    *) echo "error: $1: choose from --output FOLDER, build, test, sanitize, bench, train, generate" >&2; exit 2 ;;
   esac
 done
-[ ${#stages[@]} -gt 0 ] || stages=(build test sanitize bench)
+[ ${#stages[@]} -gt 0 ] || stages=(build test sanitize bench train generate)
 
 python=${PYTHON:-python3}
 seconds=${STAGE_SECONDS:-470}
@@ -40,13 +40,15 @@ build() {
   "$python" -c 'from megatron_sharedproj.ops import extension as e; import sys; sys.exit(e.MISSING or 0)'
 }
 
-# Training needs Megatron-Core; the kernels don't.
+# Training and generation need Megatron-Core; the kernels don't.
+has_engine() {
+  "$python" -c 'import megatron.core' 2> /dev/null || { echo "megatron-core is not installed: $1 left out"; return 1; }
+}
+
 test_stage() {
   local files=(tests/ops/test_gpu_kernels.py)
-  if "$python" -c 'import megatron.core' 2> /dev/null; then
-    files+=(tests/training/test_gpu.py)
-  else
-    echo "megatron-core is not installed: the training tests are left out"
+  if has_engine "the training tests are"; then
+    files+=(tests/training/test_low_precision.py)
   fi
   timeout "$seconds" "$python" -m pytest -m gpu -p no:cacheprovider "${files[@]}"
 }
@@ -67,6 +69,21 @@ sanitize() {
 bench() {
   timeout "$seconds" "$python" tools/benchmark_attention.py --device cuda --preset gpu --resume \
     --output "$csv" --plot "${csv%.csv}.png"
+}
+
+train() {
+  has_engine "training is" || return 0
+  timeout "$seconds" "$python" benchmarks/train_throughput.py --budget-seconds 60 \
+    --output "$output/training-$name-$commit.csv" --plot "$output/training-$name-$commit.png"
+  # The formulas beside the allocator's peak.
+  timeout "$seconds" "$python" tools/profile.py memory --model 300m --micro-batch-size 6 --format csv \
+    --output "$output/memory-$name-$commit.csv"
+}
+
+generate() {
+  has_engine "generation is" || return 0
+  timeout "$seconds" "$python" benchmarks/generation.py --dtype bf16 --budget-seconds 6 \
+    --output "$output/generation-$name-$commit.csv" --plot "$output/generation-$name-$commit.png"
 }
 
 for stage in "${stages[@]}"; do

@@ -60,6 +60,28 @@ def test_resume_is_bit_exact(parallel_state: Any, tmp_path: Path, variant: str, 
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
+def test_a_resume_in_another_epoch_is_exact(parallel_state: Any, tmp_path: Path) -> None:
+    """The data are read three times; each stop is in another pass over them."""
+    prefix, steps = tiny.write_data(tmp_path), 40
+
+    def start(name: str, **changes: Any) -> Any:
+        line = tiny.flags(prefix, train_iters=steps, save=tmp_path / name, hidden_dropout=0.1, **changes)
+        trainer = tiny.trainer(line)
+        assert trainer.train() == 0
+        trainer.log.close()
+        return trainer
+
+    whole = start("whole")
+    tokens = sum(whole.train_data.dataset.sequence_lengths[: int(0.9 * 40)])
+    assert steps * 4 * tiny.SEQ > 2.5 * tokens
+    for stop in (7, 16, 33):
+        assert start("parts", exit_interval=stop).iteration == stop
+    resumed = start("parts")
+    expected, found = state(whole), state(resumed)
+    assert not [name for name in expected if not torch.equal(expected[name], found[name])]
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
 def test_a_log_interval_goes_on_across_a_resume(parallel_state: Any, tmp_path: Path) -> None:
     prefix = tiny.write_data(tmp_path)
     for name, stops in (("whole", []), ("parts", [2, 3, 5])):
