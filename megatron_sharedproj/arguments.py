@@ -487,7 +487,7 @@ def _resolve(config: RunConfig, world_size: int, samples: dict[str, int | None])
     if not train.global_batch_size:
         train.global_batch_size = train.micro_batch_size * data_parallel
     if train.rampup_batch_size:
-        check_rampup(train, data_parallel, samples["train"])
+        check_rampup(train, config.parallel, data_parallel, samples["train"])
     for name, count in samples.items():
         if count is not None:
             _set_by_samples(train, name, count)

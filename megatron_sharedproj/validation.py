@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_sharedproj import formulas
-from megatron_sharedproj.config import RunConfig, TrainConfig
+from megatron_sharedproj.config import ParallelConfig, RunConfig, TrainConfig
 from megatron_sharedproj.formulas_memory import training_memory_bytes
 from megatron_sharedproj.layout import check_layout, check_micro_batches, check_sequence
 
@@ -149,7 +149,9 @@ def check_train(config: RunConfig, data_parallel_size: int) -> None:
         raise ValueError("--bf16: --fp16 is given too; give one")
 
 
-def check_rampup(train: TrainConfig, data_parallel_size: int, train_samples: int | None) -> None:
+def check_rampup(
+    train: TrainConfig, parallel: ParallelConfig, data_parallel_size: int, train_samples: int | None
+) -> None:
     """Check --rampup-batch-size, which decides what the counts by sequences mean. Raises ValueError."""
     start, increment, samples = train.rampup_batch_size
     flag = f"--rampup-batch-size {start} {increment} {samples}"
@@ -164,6 +166,14 @@ def check_rampup(train: TrainConfig, data_parallel_size: int, train_samples: int
         raise ValueError(
             f"{flag}: START and INCREMENT must be multiples of --micro-batch-size {train.micro_batch_size} x "
             f"{data_parallel_size} data-parallel ranks"
+        )
+    stages = parallel.pipeline_model_parallel_size
+    if parallel.num_virtual_stages_per_pipeline_rank > 1 and (
+        start // unit % stages or increment // unit % stages
+    ):
+        raise ValueError(
+            f"{flag}: START and INCREMENT must be multiples of {unit * stages} for the interleaved schedule, "
+            f"which needs a multiple of --pipeline-model-parallel-size {stages} micro batches per step"
         )
     if start >= end or (end - start) % increment:
         raise ValueError(

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import tiny
+from megatron_sharedproj.arguments import build_parser, run_config
 from megatron_sharedproj.config import TrainConfig
 
 RAMPS = [(12, [4, 4, 40]), (32, [8, 8, 100]), (32, [4, 2, 17]), (6, [2, 4, 9])]
@@ -101,3 +102,19 @@ def test_refusals(tmp_path: Path, ramp: str, changes: dict[str, Any], expected: 
     flags = [*line(tmp_path, "run", **changes)[:-4], "--rampup-batch-size", *ramp.split()]
     with pytest.raises(ValueError, match=f"^--rampup-batch-size {ramp}: .*{expected}"):
         tiny.trainer(flags)
+
+
+@pytest.mark.parametrize("ramp, fits", [("2 2 18", False), ("4 2 18", False), ("4 4 18", True)])
+def test_the_interleaved_schedule_needs_its_micro_batches_from_the_start(
+    tmp_path: Path, ramp: str, fits: bool
+) -> None:
+    stages = {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2, "num_layers": 4}
+    flags = [*line(tmp_path, "run", **stages)[:-4], "--rampup-batch-size", *ramp.split()]
+    args = build_parser().parse_args(flags)
+    if fits:
+        assert run_config(args, tiny.VOCAB, 2).train.rampup_batch_size == [4, 4, 18]
+        return
+    with pytest.raises(
+        ValueError, match=f"^--rampup-batch-size {ramp}: .* multiples of 4 for the interleaved"
+    ):
+        run_config(args, tiny.VOCAB, 2)
