@@ -67,6 +67,7 @@ DOCUMENTS = {
     ),
 }  # fmt: skip
 MASKED = {"masked": ("qk_eq_v", 2, {"eod_mask_loss": True})}
+TIED = {"deep qk_eq_v": DEEP["deep qk_eq_v"]}
 # Those that go on under yet another layout.
 CARRIED = ("qk_eq_v", "Q-MQA", "deep qk_eq_v", "deep Q-MQA")
 
@@ -93,6 +94,7 @@ CP2 = {"context_parallel_size": 2}
 SP = {"sequence_parallel": True}
 CHUNKS2 = {"num_virtual_stages_per_pipeline_rank": 2}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2}
+SHARDED = {"use_distributed_optimizer": True}
 # Micro batches of one sequence: a pipeline has several in flight.
 ONES = {"micro_batch_size": 1}
 
@@ -129,6 +131,12 @@ LAYOUTS: dict[str, Layout] = {
     "PP2xCP2": Layout(4, {**PP2, **CP2, **ONES, **FULL}, DEEP),
     "deep TP2": Layout(2, TP2, DEEP, loads=("TP2xPP2",), carried=CARRIED, trains=False),
     "deep gathered": Layout(1, {}, DEEP, loads=("TP2xPP2",), carried=CARRIED, trains=False),
+    # The distributed optimizer: a tied embedding has a gradient bucket of its own on a pipeline stage.
+    "PP2 interleaved xDP2 sharded": Layout(4, {**PP2, **CHUNKS2, **ONES, **SHARDED}, TIED, saves=True),
+    "TP2xDP2 sharded": Layout(
+        4, {**TP2, **SHARDED}, TIED, saves=True, loads=("PP2 interleaved xDP2 sharded",)
+    ),
+    "one sharded": Layout(1, SHARDED, TIED, loads=("TP2xDP2 sharded",), trains=False),
 }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ TESTS = Path(__file__).resolve().parents[1]
 TOLERANCE = 5e-6
 QUICK = ["TP2", "TP2+SP", "DP2", "DP2+overlap", "TP2xDP2", "CP2"]
 PIPELINES = ["PP2", "PP2 interleaved", "TP2xPP2", "PP2xDP2", "PP2 interleaved xDP2"]
+SHARDED = ["PP2 interleaved xDP2 sharded", "TP2xDP2 sharded", "one sharded"]
 # Layout -> those whose checkpoints went on under it.
 CARRIED_DEEP = {"PP2": ["one"], "TP2xPP2": ["PP2 interleaved"], "deep gathered": ["TP2xPP2"]}
 
@@ -41,7 +42,7 @@ def launch(folder: Path, layouts: list[str]) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     layouts = ["TP1", *QUICK, "gathered", "one", *PIPELINES, "deep gathered", "masked", "TP2xCP2+SP"]
-    layouts += ["documents", "PP2 documents"]
+    layouts += ["documents", "PP2 documents", *SHARDED]
     return launch(tmp_path_factory.mktemp("layouts"), layouts)
 
 
@@ -121,6 +122,15 @@ def test_checkpoints_go_on_under_other_stages(losses: dict[str, Any], model: str
     for layout, sources in CARRIED_DEEP.items():
         for source in sources:
             assert_equal(losses[layout][f"{model} from {source}"], losses["one"][model][SAVED_AT:])
+
+
+def test_the_distributed_optimizer_goes_on_under_other_layouts(losses: dict[str, Any]) -> None:
+    expected = losses["one"]["deep qk_eq_v"]
+    for layout, source in zip(SHARDED, [None, *SHARDED], strict=False):
+        if layout != "one sharded":
+            assert_equal(losses[layout]["deep qk_eq_v"], expected)
+        if source:
+            assert_equal(losses[layout][f"deep qk_eq_v from {source}"], expected[SAVED_AT:])
 
 
 @pytest.mark.parametrize("model", ["deep qk_eq_v", "deep Q-MQA", "dropout"])
