@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +36,20 @@ def describe(trainer: Any, loss: float, learning_rate: float) -> str:
             if bad:
                 found[name] = bad
     if trainer.config.checkpoint.save and (found or not math.isfinite(loss)):
-        folder = Path(trainer.config.checkpoint.save) / FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
-        rank = torch.distributed.get_rank()
-        write_json(
-            folder / f"iter_{iteration:07d}_rank{rank}.json",
-            {
-                "iteration": iteration,
-                "rank": rank,
-                "what": what,
-                "loss": repr(loss),
-                "learning_rate": learning_rate,
-                "samples": [first, first + train.batch_size_at(first)],
-                "parameters_with_bad_gradients": len(found),
-                "bad_elements": dict(list(found.items())[:_NAMED]),
-            },
-        )
+        folder, rank = Path(trainer.config.checkpoint.save) / FOLDER, torch.distributed.get_rank()
+        description = {
+            "iteration": iteration,
+            "rank": rank,
+            "what": what,
+            "loss": repr(loss),
+            "learning_rate": learning_rate,
+            "samples": [first, first + train.batch_size_at(first)],
+            "parameters_with_bad_gradients": len(found),
+            "bad_elements": dict(list(found.items())[:_NAMED]),
+        }
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / f"iter_{iteration:07d}_rank{rank}.json", description)
+        except OSError as error:  # of this rank alone, while the others go on
+            print(f"note: {folder} cannot be written ({error.strerror})", file=sys.stderr, flush=True)
     return what

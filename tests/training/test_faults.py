@@ -62,6 +62,20 @@ def test_a_bad_step_is_skipped_counted_and_described(
     assert what["bad_elements"] == {"decoder.final_layernorm.bias": 32}
 
 
+def test_a_bad_step_that_cannot_be_described_is_skipped(
+    parallel_state: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A full disk, say, of one rank: the others would wait for it."""
+    run = tmp_path / "run"
+    trainer = tiny.trainer(tiny.flags(tiny.write_data(tmp_path), save=run, lr_warmup_iters=0))
+    (run / "bad_steps").write_text("in the way")
+    spoil(trainer, {3})
+    assert trainer.train() == 0
+    trainer.log.close()
+    assert sum(record["nan_iterations"] for record in records(run)) == 1
+    assert "bad_steps cannot be written (File exists)" in capsys.readouterr().err
+
+
 def test_bad_steps_in_a_row_stop_the_run_across_a_resume(parallel_state: Any, tmp_path: Path) -> None:
     options = {"save": tmp_path / "run", "lr_warmup_iters": 0, "max_nan_iterations": 3, "save_interval": 1}
     line = tiny.flags(tiny.write_data(tmp_path), **options)
