@@ -376,10 +376,10 @@ def _train(prepared: tuple[RunConfig, Any, list[Any], Device, Choice | None]) ->
         print_error(f"stopped by a signal before the first step ({stopped})")
         return 128 + stopped.number
     except (ValueError, RuntimeError) as error:
-        if torch.distributed.is_initialized() and distributed.is_lost_connection(error):
-            _report_lost(trainer, error)
-            return 5
         if not _expected(error):
+            if torch.distributed.is_initialized() and distributed.is_lost_connection(error):
+                _report_lost(trainer, error)
+                return 5
             raise
         print_error(error)
         return 3 if isinstance(error, SaveError) else 4 if isinstance(error, BadStepsError) else 2
