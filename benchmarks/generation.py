@@ -159,7 +159,7 @@ class Ours:
 
         self.cache = KVCache.for_model(
             self.model,
-            self.config.variant,
+            self.config,
             max_sequences=case.batch,
             max_tokens=case.context + _SPARE,
             page_size=64 if self.paged else None,

@@ -50,12 +50,16 @@ _TABLE: dict[str, tuple[type, dict[str, str]]] = {
             "num_attention_heads": "query heads",
             "kv_channels": "head size (default hidden size / heads)",
             "max_position_embeddings": "positions of the learned embedding",
-            "position_embedding_type": "learned_absolute (the paper), rope (only untied K and V) or none",
+            "position_embedding_type": "learned_absolute (the paper), rope (tied K and V: with --kv-rotary) "
+            "or none",
             "rotary_base": "base of the rotary frequencies",
             "rotary_percent": "fraction of the head that is rotated",
             "normalization": "LayerNorm or RMSNorm",
+            "kv_rotary": "what rotary positions do to a tied key/value: rotate_keys, rotate_values, partial "
+            "or separate_rope_head",
             "untie_embeddings_and_output_weights": "a separate output matrix",
-            "qk_layernorm": "norm on queries and keys (qkv only)",
+            "qk_layernorm": "norm on queries and keys, before they are rotated; a tied value is the normed "
+            "key",
         },
     ),
     "regularization and initialization": (

@@ -14,7 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_sharedproj.variants import AttentionVariant, get_variant
+from megatron_sharedproj.variants import (
+    CACHE_POLICIES,
+    KV_ROTARY,
+    AttentionVariant,
+    CachedTensor,
+    RotaryScheme,
+    cached_tensors,
+    get_variant,
+    resolve_kv_rotary,
+)
 
 T = TypeVar("T")
 
@@ -42,6 +51,7 @@ class ModelConfig:
     position_embedding_type: str = "learned_absolute"
     rotary_base: int = 10000
     rotary_percent: float = 1.0
+    kv_rotary: str = ""  # resolved: none without rotary positions, rotate_keys where K and V are untied
     normalization: str = "LayerNorm"
     layernorm_epsilon: float = 1e-5
     activation: str = "gelu_tanh"  # gelu (exact), gelu_tanh (Megatron's fused form), swiglu
@@ -97,24 +107,16 @@ class ModelConfig:
             if getattr(self, name) not in allowed:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} {getattr(self, name)}: choose one of {', '.join(allowed)}")
-        if self.position_embedding_type == "rope" and variant.tied_kv:
-            raise ValueError(
-                f"--position-embedding-type rope: with --attention-variant {variant.name} key and value are "
-                "one tensor, and what a rotation does to the value has to be chosen (--kv-rotary, not "
-                "available yet); use learned_absolute, or the untied variants qkv and q_eq_k"
-            )
-        if self.qk_layernorm and (variant.tied_kv or variant.tied_qk):
-            raise ValueError(
-                f"--qk-layernorm: with --attention-variant {variant.name} the key is shared with another "
-                "role, which a norm on the key alone would untie; available for qkv only"
-            )
-        if self.position_embedding_type == "rope" and (
-            self.kv_channels % 2 or not 0 < self.rotary_percent <= 1
-        ):
-            raise ValueError(
-                f"--rotary-percent {self.rotary_percent}: must be in (0, 1], and --kv-channels "
-                f"{self.kv_channels} even"
-            )
+        scheme = resolve_kv_rotary(variant, self.kv_rotary, rope=self.position_embedding_type == "rope")
+        object.__setattr__(self, "kv_rotary", scheme.name)
+        if self.position_embedding_type == "rope":
+            if not 0 < self.rotary_percent <= 1 or self.rope_size < 2 or self.rope_size % 2:
+                raise ValueError(
+                    f"--rotary-percent {self.rotary_percent}: must be in (0, 1] and leave an even number of "
+                    f"--kv-channels {self.kv_channels} to rotate, at least 2"
+                )
+            if variant.tied_kv:
+                scheme.check_part(self.rotary_percent)
         for name, value in (
             ("init-method-std", self.init_method_std),
             ("norm-epsilon", self.layernorm_epsilon),
@@ -129,7 +131,50 @@ class ModelConfig:
     def variant(self) -> AttentionVariant:
         return get_variant(self.attention_variant)
 
+    @property
+    def rotary_scheme(self) -> RotaryScheme:
+        """What rotary positions do to key and value; ``none`` without them."""
+        return KV_ROTARY[self.kv_rotary]
+
+    @property
+    def rope_size(self) -> int:
+        """Rotated elements of a head, r; 0 without rotary positions."""
+        rope = self.position_embedding_type == "rope"
+        return int(self.kv_channels * self.rotary_percent) if rope else 0
+
+    @property
+    def attends_one_tensor(self) -> bool:
+        """The attention kernel sees key and value as one tensor."""
+        apart = self.rotary_scheme.rope_head or self.kv_rotary == "rotate_keys"
+        return self.variant.tied_kv and not apart
+
+    def describe_attention(self) -> str:
+        """One line for logs: projections and their roles, what positions do to them, and what is cached."""
+        rotary = ""
+        if self.position_embedding_type == "rope":
+            part = f" on {self.rope_size} of {self.kv_channels} elements" if self.rotary_percent < 1 else ""
+            rotary = f", rotary {self.kv_rotary}{part} ({self.rotary_scheme.function})"
+        cached = ", ".join(tensor.describe() for tensor in self.cached_tensors())
+        return f"{self.variant.describe()}{rotary}, cached: {cached}"
+
+    def cached_tensors(self, policy: str = CACHE_POLICIES[0]) -> tuple[CachedTensor, ...]:
+        """What a layer's key/value cache stores (variants.cached_tensors)."""
+        return cached_tensors(
+            self.variant,
+            self.rotary_scheme,
+            num_groups=self.num_query_groups,
+            head_size=self.kv_channels,
+            rope_size=self.rope_size,
+            policy=policy,
+        )
+
     def replace(self, **changes: Any) -> ModelConfig:
+        """A copy with other values; ``kv_rotary`` is kept where it still has a meaning."""
+        if "kv_rotary" not in changes:
+            variant = get_variant(changes.get("attention_variant", self.attention_variant))
+            position = changes.get("position_embedding_type", self.position_embedding_type)
+            if (variant.tied_kv, position) != (self.variant.tied_kv, self.position_embedding_type):
+                changes["kv_rotary"] = ""
         return dataclasses.replace(self, **changes)
 
 

@@ -11,12 +11,24 @@ from __future__ import annotations
 import re
 
 from megatron_sharedproj.config import ModelConfig
+from megatron_sharedproj.variants import CACHE_POLICIES
 
 
 def projected_rows(config: ModelConfig) -> int:
     """Rows of a layer's query/key/value projection: elements projected per token."""
     per_group = config.variant.heads_per_group(config.num_attention_heads, config.num_query_groups)
     return config.num_query_groups * per_group * config.kv_channels
+
+
+def rope_head_rows(config: ModelConfig) -> int:
+    """Rows of a layer's projection of a separate rotary head, which all groups share; 0 for most schemes."""
+    return config.rope_size if config.rotary_scheme.rope_head else 0
+
+
+def qk_norm_parameters(config: ModelConfig) -> int:
+    """Parameters of a layer's norms on query and key heads, one where they are tied; 0 without."""
+    norms = 0 if not config.qk_layernorm else 1 if config.variant.tied_qk else 2
+    return norms * (2 if config.normalization == "LayerNorm" else 1) * config.kv_channels
 
 
 def parameters(config: ModelConfig) -> dict[str, int]:
@@ -30,12 +42,13 @@ def parameters(config: ModelConfig) -> dict[str, int]:
     rows = projected_rows(config)
     norm = 2 * d if config.normalization == "LayerNorm" else d
     up = 2 * f if config.activation == "swiglu" else f
-    qk_norm = 2 * (norm // d) * config.kv_channels if config.qk_layernorm else 0
+    rope_head = rope_head_rows(config) * (d + bias)
     learned = config.position_embedding_type == "learned_absolute"
     counts = {
         "embedding": config.padded_vocab_size * d,
         "position_embedding": config.max_position_embeddings * d if learned else 0,
-        "attention": layers * (rows * d + bias * rows + attended * d + bias * d + qk_norm),
+        "attention": layers
+        * (rows * d + bias * rows + attended * d + bias * d + qk_norm_parameters(config) + rope_head),
         "mlp": layers * (d * up + bias * up + f * d + bias * d),
         "norms": layers * 2 * norm + norm,
         "head": config.padded_vocab_size * d if config.untie_embeddings_and_output_weights else 0,
@@ -57,7 +70,7 @@ def macs(config: ModelConfig, seq_length: int, *, causal: bool = False) -> dict[
     pairs = t * (t + 1) // 2 if causal else t * t
     up = 2 if config.activation == "swiglu" else 1
     counts = {
-        "projections": config.num_layers * t * d * projected_rows(config),
+        "projections": config.num_layers * t * d * (projected_rows(config) + rope_head_rows(config)),
         "scores": config.num_layers * 2 * pairs * attended,
         "output": config.num_layers * t * d * attended,
         "mlp": config.num_layers * t * d * config.ffn_hidden_size * (up + 1),
@@ -97,12 +110,11 @@ def elementwise_flops(config: ModelConfig, seq_length: int) -> dict[str, int]:
         seq_length: T tokens of one sequence.
     """
     t, d, layers, heads = seq_length, config.hidden_size, config.num_layers, config.num_attention_heads
-    rotated = 0
-    if config.position_embedding_type == "rope":
-        half = int(config.kv_channels * config.rotary_percent) // 2
-        keys = 0 if config.variant.tied_qk else config.num_query_groups
-        # Four multiplications and an addition; the other half is a subtraction.
-        rotated = 5 * t * (heads + keys) * half
+    scheme = config.rotary_scheme
+    keys = 0 if config.variant.tied_qk else 1 if scheme.rope_head else config.num_query_groups
+    outputs = heads if scheme.rotates_value else 0
+    # Of a pair four multiplications and an addition; its other half is a subtraction.
+    rotated = 5 * t * (heads + keys + outputs) * (config.rope_size // 2)
     return {
         "score_scaling": layers * heads * t * t,
         "residuals": layers * 2 * t * d,
@@ -139,18 +151,26 @@ def groups_per_rank(config: ModelConfig, tensor_model_parallel_size: int = 1) ->
 
 
 def kv_cache_bytes_per_token(
-    config: ModelConfig, bytes_per_element: int = 2, tensor_model_parallel_size: int = 1
+    config: ModelConfig,
+    bytes_per_element: int = 2,
+    tensor_model_parallel_size: int = 1,
+    policy: str = CACHE_POLICIES[0],
 ) -> int:
-    """Key/value cache bytes per token on one rank, all layers: m g e layers bytes, m = 1 if K and V are tied.
+    """Key/value cache bytes per token on one rank, all layers.
+
+    m g e layers bytes, m = 1 if K and V are tied; with rotary positions what the scheme stores
+    (variants.cached_tensors): a separate rotary head adds its r elements on every rank.
 
     Args:
         bytes_per_element: width of the cache's dtype.
         tensor_model_parallel_size: ranks over which the groups are split (:func:`groups_per_rank`).
+        policy: of variants.CACHE_POLICIES, where the scheme has the choice.
     Raises:
         ValueError: for a number of ranks that the groups cannot be split over.
     """
     groups = groups_per_rank(config, tensor_model_parallel_size)
-    per_layer = len(config.variant.cached) * groups * config.kv_channels
+    tensors = config.cached_tensors(policy)
+    per_layer = sum((1 if tensor.shared else groups) * tensor.size for tensor in tensors)
     return config.num_layers * per_layer * bytes_per_element
 
 
@@ -160,9 +180,10 @@ def kv_cache_bytes(
     batch_size: int = 1,
     bytes_per_element: int = 2,
     tensor_model_parallel_size: int = 1,
+    policy: str = CACHE_POLICIES[0],
 ) -> int:
     """Key/value cache bytes on one rank of ``batch_size`` sequences with ``tokens`` tokens each."""
-    per_token = kv_cache_bytes_per_token(config, bytes_per_element, tensor_model_parallel_size)
+    per_token = kv_cache_bytes_per_token(config, bytes_per_element, tensor_model_parallel_size, policy)
     return tokens * batch_size * per_token
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_sharedproj.config import ModelConfig, ParallelConfig
-from megatron_sharedproj.formulas import projected_rows
+from megatron_sharedproj.formulas import projected_rows, qk_norm_parameters, rope_head_rows
 
 RECOMPUTE = ("none", "selective", "full")
 
@@ -111,47 +111,59 @@ class _Step:
     @cached_property
     def attention(self) -> int:
         """Bytes that a layer's attention saves on this rank: projection, output, and what lies between."""
-        c, ranks = self.config, self.ranks
+        c, ranks, e = self.config, self.ranks, self.config.kv_channels
+        variant, turns_value, normed = c.variant, c.rotary_scheme.rotates_value, c.qk_layernorm
+        rope, selective = c.rope_size > 0, self.recompute == "selective"
         heads, groups = c.num_attention_heads // ranks, max(1, c.num_query_groups // ranks)
-        attended = c.num_attention_heads * c.kv_channels // ranks
+        attended, keys = heads * e, groups * e
         # With fewer groups than ranks every rank gathers all rows (layers/attention.py).
         rows = projected_rows(c) // (ranks if c.num_query_groups >= ranks else 1)
-        rope = c.position_embedding_type == "rope"
-        keys = groups * c.kv_channels
+        # Megatron rotates a tied query and key twice, layers/attention.py once.
+        one = variant.tied_qk and (self._own_rotation or not rope)
         # Several query heads in each of several groups are not one strided view: reshape copies them.
-        copied = attended if 1 < groups < heads and (c.qk_layernorm or not rope) else 0
-        changed = attended + keys if rope or c.qk_layernorm else 0
-        elements, fp32 = rows + copied + changed + attended, heads
-        if c.qk_layernorm:
-            fp32 += (1 if c.normalization == "RMSNorm" else 2) * (heads + groups)
+        copied = attended if 1 < groups < heads and (normed or not rope) else 0
+        inputs = rows + copied if normed else 0  # of the norms
+        view = not (variant.tied_kv and (normed or turns_value))  # the value is a piece of the projection
+        fp32 = 0 if selective else heads
+        if c.attention_dropout and not self.fused and not selective:
+            # No CPU kernel has dropout: plain attention keeps scaled copies, three of the scores, and the
+            # value, which it repeats where it has fewer heads.
+            value = attended if heads != groups else keys if not view else 0 if normed else rows
+            elements, fp32 = inputs + 2 * attended + 3 * heads * self.seq_length + value, 0
+        elif self.context > 1 and not selective:
+            queries = attended if copied or rope or normed else rows
+            elements = inputs + queries + attended + self._gathered(keys)
+        else:
+            elements = rows + copied if normed or view else 0
+            if rope or normed:
+                elements += keys + (0 if one else attended)
+            if variant.tied_kv and normed and rope and not turns_value:
+                elements += keys  # normed, but not rotated
+            if turns_value and not selective:
+                elements += attended  # what the kernel keeps; the rotation back keeps nothing of it
+        elements += attended  # the output projection's input
+        if normed:
+            count = groups if variant.tied_qk else heads + groups
+            fp32 += (1 if c.normalization == "RMSNorm" else 2) * count
             if c.normalization == "RMSNorm" and not self.fused:
-                elements += attended + keys
-        if self.recompute == "selective":
-            fp32 -= heads
-        elif c.attention_dropout and not self.fused:
-            # No CPU kernel has dropout: plain attention keeps scaled copies and three of the scores.
-            elements += 2 * attended + 3 * heads * self.seq_length - changed
-            elements -= 0 if c.qk_layernorm else copied
-            if heads != groups:  # the value is repeated, and the projection kept for a norm only
-                elements += attended - (0 if c.qk_layernorm else rows)
-            fp32 -= heads
-        elif self.context > 1:
-            elements += self._gathered(rows, attended, keys, own_query=bool(copied or changed))
-            elements -= copied + changed + (rows if not c.qk_layernorm else 0)
-        rotated = int(c.kv_channels * c.rotary_percent)
-        tables = 4 * self.seq_length // self.context * rotated * self.width if rope else 0
+                elements += count * e
+        tables = 2 * (2 + turns_value - one) * (self.seq_length // self.context) * c.rope_size * self.width
         return self.tokens * (elements * self.width + 4 * fp32) + tables
+
+    @property
+    def _own_rotation(self) -> bool:
+        """layers/attention.py rotates, not Megatron."""
+        return self.config.rotary_scheme.rotates_value or self.config.rotary_scheme.rope_head
 
     @property
     def keys(self) -> int:
         """Bytes of this rank's keys and values in a layer: one tensor where they are tied."""
-        heads = max(1, self.config.num_query_groups // self.ranks) * (1 if self.config.variant.tied_kv else 2)
-        return self.tokens * heads * self.config.kv_channels * self.width
+        groups = max(1, self.config.num_query_groups // self.ranks)
+        return self.tokens * (self._gathered(groups * self.config.kv_channels) // self.context) * self.width
 
-    def _gathered(self, rows: int, attended: int, keys: int, *, own_query: bool) -> int:
-        """Elements per token that context parallelism keeps: queries, gathered keys, an output per chunk."""
-        tensors = 1 if self.config.variant.tied_kv else 2
-        return (attended if own_query else rows) + attended + tensors * keys * self.context
+    def _gathered(self, keys: int) -> int:
+        """Elements per token of the keys and values that context parallelism gathers."""
+        return (1 if self.config.attends_one_tensor else 2) * keys * self.context
 
     @property
     def mlp(self) -> int:
@@ -275,7 +287,7 @@ def parameters_per_rank(
     rows, attended = projected_rows(config), config.num_attention_heads * config.kv_channels
     norm = 2 if config.normalization == "LayerNorm" else 1
     split = (rows + up) * (d + bias) + (attended + f) * d
-    whole = 2 * (bias + norm) * d + (2 * norm * config.kv_channels if config.qk_layernorm else 0)
+    whole = 2 * (bias + norm) * d + qk_norm_parameters(config) + rope_head_rows(config) * (d + bias)
     table = config.padded_vocab_size * d // ranks
     count = config.num_layers // pipeline_parallel_size * (split // ranks + whole)
     first, last = pipeline_stage == 0, pipeline_stage == pipeline_parallel_size - 1
@@ -426,12 +438,15 @@ def _tensor_parallel_halves(step: _Step, micro_batches: int) -> int:
         per_batch = (step.layers * 8 + 2 * step.first + 2 * step.last) * stream
     if c.num_query_groups < step.ranks:
         per_batch += step.layers * 2 * step.tokens * projected_rows(c) * step.width
+    per_batch += step.layers * 2 * step.tokens * rope_head_rows(c) * step.width
     if step.last:
         per_batch += 3 * 2 * step.tokens * 4  # the loss's largest logit, target's logit and sum, fp32
-    total = micro_batches * per_batch
+    # Norms of queries and keys see a rank's heads only: their gradients are summed once a step.
+    whole = step.layers * qk_norm_parameters(c)
     if step.parallel.sequence_parallel:
-        # Each rank saw a part of the sequence: gradients of norms and row biases are summed once a step.
-        norm = 2 if c.normalization == "LayerNorm" else 1
-        whole = step.layers * 2 * (norm + c.add_bias_linear) * c.hidden_size
-        total += 2 * 4 * (whole + (norm * c.hidden_size if step.last else 0))
-    return total
+        # Each rank saw a part of the sequence: so are those of norms, row biases and a rotary head.
+        norm, bias = 2 if c.normalization == "LayerNorm" else 1, int(c.add_bias_linear)
+        whole += step.layers * 2 * (norm + bias) * c.hidden_size
+        whole += step.layers * rope_head_rows(c) * (c.hidden_size + bias)
+        whole += norm * c.hidden_size if step.last else 0
+    return micro_batches * per_batch + 2 * 4 * whole

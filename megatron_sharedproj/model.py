@@ -185,6 +185,8 @@ def build_chunks(
             size,
             normalization=model_config.normalization,
             qk_layernorm=model_config.qk_layernorm,
+            kv_rotary=model_config.kv_rotary,
+            rope_size=model_config.rope_size,
             transformer_impl=parallel.transformer_impl,
         )
 

@@ -103,7 +103,7 @@ def attention_path(config: RunConfig, device: Device) -> paths.Path:
             device=device.type,
             dtype=getattr(torch, config.train.params_dtype),
             head_size=config.model.kv_channels,
-            tied=config.model.variant.tied_kv,
+            tied=config.model.attends_one_tensor,
             queries=config.train.seq_length,
             keys=config.train.seq_length,
             training=True,
@@ -171,7 +171,7 @@ def build_trainer(
         device_name=device.describe(),
         enabled=torch.distributed.get_rank() == world - 1,
     )
-    log.message(f"attention variant: {config.model.variant.describe()}")
+    log.message(f"attention variant: {config.model.describe_attention()}")
     paths.require_kernel(train.require_kernel)
     log.message(str(attention_path(config, device)))
     counts = formulas.parameters(config.model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import tempfile
@@ -64,6 +65,11 @@ def check_parallel(config: RunConfig, world_size: int) -> int:
         )
     if parallel.distributed_backend not in ("", "nccl", "gloo"):
         raise ValueError(f"--distributed-backend {parallel.distributed_backend}: choose nccl or gloo")
+    if parallel.transformer_impl != "local" and model.rotary_scheme.rope_head:
+        raise ValueError(
+            f"--kv-rotary {model.kv_rotary}: projects the normed input once more, which Transformer Engine's "
+            "fused norm and projection keeps to itself; use --transformer-impl local, or another scheme"
+        )
     if parallel.overlap_param_gather and not parallel.use_distributed_optimizer:
         raise ValueError("--overlap-param-gather: needs --use-distributed-optimizer")
     return world_size // replica
@@ -263,7 +269,7 @@ def check_device(config: RunConfig, device: Device, data_parallel_size: int) -> 
             low_precision=train.bf16 or train.fp16,
             fused=device.has_fused_kernels,
             pipeline_stage=stage,
-            micro_batches=train.global_batch_size // (train.micro_batch_size * data_parallel_size),
+            micro_batches=micro_batches,
         )["total"]
         for stage in range(config.parallel.pipeline_model_parallel_size)
     )
@@ -277,3 +283,4 @@ def check_device(config: RunConfig, device: Device, data_parallel_size: int) -> 
             "--pipeline-model-parallel-size, or add --recompute-granularity full"
         )
     return line
+    micro_batches = train.global_batch_size // (train.micro_batch_size * data_parallel_size)

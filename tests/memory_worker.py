@@ -80,7 +80,18 @@ MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "qkv": ("qkv", 0, {"hidden_dropout": 0.1}),
     "K=V": ("qk_eq_v", 0, {}),
     "Q-MQA": ("qk_eq_v", 1, {}),
-    "llama GQA-2": ("qkv", 2, _LLAMA),
+    "llama GQA-2": ("qkv", 2, {**_LLAMA, "qk_layernorm": True}),
+    "rotate_values": ("qk_eq_v", 0, {**_LLAMA, "kv_rotary": "rotate_values"}),
+    "separate_rope_head": (
+        "qk_eq_v",
+        2,
+        {
+            "position_embedding_type": "rope",
+            "kv_rotary": "separate_rope_head",
+            "rotary_percent": 0.5,
+            "qk_layernorm": True,
+        },
+    ),
 }
 BATCH, MICRO = 8, 2
 

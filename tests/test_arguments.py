@@ -278,10 +278,10 @@ REFUSALS = [
     (
         "--position-embedding-type rope --attention-variant K=V",
         1,
-        ["--position-embedding-type rope", "qk_eq_v", "use learned_absolute"],
+        ["--position-embedding-type rope", "qk_eq_v", "--kv-rotary", "use learned_absolute"],
     ),
+    ("--kv-rotary rotate_values --attention-variant K=V", 1, ["--kv-rotary rotate_values", "rope"]),
     ("--normalization none", 1, ["--normalization none", "LayerNorm, RMSNorm"]),
-    ("--qk-layernorm --attention-variant K=V", 1, ["--qk-layernorm", "qk_eq_v", "qkv only"]),
     ("--hidden-dropout 1", 1, ["--hidden-dropout 1.0", "[0, 1)"]),
     # validation.check_parallel
     (f"{TP} 3", 4, [f"{TP} 3", "number of processes, 4", "use one of [1, 2, 4]", "multiple of 3"]),

@@ -32,6 +32,8 @@ SMALL: dict[str, Any] = {
     "max_position_embeddings": 32,
 }
 
+ROPE: dict[str, Any] = {"position_embedding_type": "rope"}
+TIED: dict[str, Any] = {**ROPE, "attention_variant": "qk_eq_v"}
 
 def full_run() -> RunConfig:
     # Every section differs from its defaults, so a section that is dropped shows.
@@ -159,13 +161,29 @@ def test_model_config_is_frozen() -> None:
             {"position_embedding_type": "rope", "attention_variant": "q_eq_k_eq_v"},
             ["--position-embedding-type rope", "--attention-variant q_eq_k_eq_v", "use learned_absolute"],
         ),
-        *(
-            ({"qk_layernorm": True, "attention_variant": name}, ["--qk-layernorm", name, "qkv only"])
-            for name in ("q_eq_k", "qk_eq_v", "q_eq_k_eq_v")
+        ({**ROPE, "rotary_percent": 0.0}, ["--rotary-percent 0.0", "at least 2"]),
+        ({**ROPE, "rotary_percent": 1.5}, ["--rotary-percent 1.5", "(0, 1]"]),
+        ({**ROPE, "rotary_percent": 0.2}, ["--rotary-percent 0.2", "even number", "--kv-channels 16"]),
+        ({**ROPE, "kv_rotary": "partial"}, ["--kv-rotary partial", "qkv has a value of its own"]),
+        ({**TIED, "kv_rotary": "both"}, ["--kv-rotary both", "choose one of none, rotate_keys"]),
+        (
+            {**TIED, "kv_rotary": "none"},
+            ["--position-embedding-type rope", "--kv-rotary, one of rotate_keys"],
+        ),
+        ({**TIED, "kv_rotary": "partial"}, ["--rotary-percent 1.0", "partial", "below 1"]),
+        ({**TIED, "kv_rotary": "separate_rope_head"}, ["--rotary-percent 1.0", "below 1"]),
+        (
+            {**TIED, "kv_rotary": "rotate_values", "rotary_percent": 0.5},
+            ["--rotary-percent 0.5", "whole heads", "--kv-rotary partial"],
         ),
         ({"attention_dropout": 1.0}, ["--attention-dropout 1.0", "must be in [0, 1)"]),
         ({"hidden_dropout": -0.1}, ["--hidden-dropout -0.1", "must be in [0, 1)"]),
     ],
+        (
+            {**ROPE, "attention_variant": "q_eq_k_eq_v", "kv_rotary": "separate_rope_head"},
+            ["--kv-rotary separate_rope_head", "q_eq_k_eq_v", "use qk_eq_v"],
+        ),
+        ({"kv_rotary": "rotate_keys"}, ["--kv-rotary rotate_keys", "add --position-embedding-type rope"]),
 )
 def test_refusals(changes: dict[str, Any], expected: list[str]) -> None:
     with pytest.raises(ValueError) as error:
@@ -177,9 +195,45 @@ def test_refusals(changes: dict[str, Any], expected: list[str]) -> None:
 
 
 @pytest.mark.parametrize("name", ["qkv", "q_eq_k"])
-def test_untied_value_may_be_rotary(name: str) -> None:
+def test_an_untied_value_needs_no_choice(name: str) -> None:
     config = ModelConfig(**SMALL, attention_variant=name, position_embedding_type="rope")
-    assert config.position_embedding_type == "rope"
+    assert (config.kv_rotary, config.rope_size) == ("rotate_keys", 16)
+    assert ModelConfig(**SMALL, attention_variant=name).kv_rotary == "none"
+
+
+@pytest.mark.parametrize(
+    "scheme, part, one, cached",
+    [
+        ("rotate_keys", 1.0, False, "kv"),
+        ("rotate_values", 1.0, True, "kv (rotated)"),
+        ("partial", 0.5, True, "kv (rotated)"),
+        ("separate_rope_head", 0.5, False, "kv, k_rope (rotated)"),
+    ],
+)
+def test_rotary_schemes(scheme: str, part: float, one: bool, cached: str) -> None:
+    config = ModelConfig(**{**SMALL, **TIED}, kv_rotary=scheme, rotary_percent=part)
+    assert config.rope_size == 16 * part
+    assert config.attends_one_tensor == one
+    text = config.describe_attention()
+    assert text.endswith(f", cached: {cached}") and f", rotary {scheme}" in text
+    assert ("8 of 16 elements" in text) == (part < 1)
+    assert from_dict(ModelConfig, to_dict(config)) == config
+
+
+def test_a_scheme_goes_with_its_variant() -> None:
+    config = ModelConfig(**{**SMALL, **TIED}, kv_rotary="rotate_values")
+    assert config.replace(attention_variant="q_eq_k_eq_v").kv_rotary == "rotate_values"
+    assert config.replace(attention_variant="qkv").kv_rotary == "rotate_keys"
+    assert config.replace(position_embedding_type="learned_absolute").kv_rotary == "none"
+    with pytest.raises(ValueError, match="--kv-rotary, one of"):
+        config.replace(attention_variant="qkv").replace(attention_variant="qk_eq_v")
+
+
+def test_configurations_of_before_are_read() -> None:
+    config = ModelConfig(**SMALL, attention_variant="qkv", position_embedding_type="rope")
+    values = to_dict(config)
+    del values["kv_rotary"]
+    assert from_dict(ModelConfig, values) == config
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 from megatron_sharedproj import formulas
 from megatron_sharedproj.config import PRESETS, ModelConfig
 from megatron_sharedproj.profiling.commands.models import PAPER_VARIANTS, PaperVariant
+from megatron_sharedproj.variants import KV_ROTARY
 
 # name: (variant, groups at 300M)
 MODELS = {
@@ -211,18 +212,23 @@ def accepted() -> list[ModelConfig]:
     """Every combination of options that the trainer accepts, on a shape whose sizes all differ."""
     base = ModelConfig(
         num_layers=2, hidden_size=48, num_attention_heads=4, kv_channels=10, ffn_hidden_size=100,
-        padded_vocab_size=64, max_position_embeddings=16, rotary_percent=0.6,
+        padded_vocab_size=64, max_position_embeddings=16,
     )  # fmt: skip
+    positions = [("learned_absolute", "", 1.0), ("none", "", 1.0), ("rope", "", 0.6)]
+    positions += [("rope", name, 1.0 if name == "rotate_values" else 0.6) for name in list(KV_ROTARY)[1:]]
     found = []
     for (variant, groups), norm, activation, position, bias, qk_norm, untied in itertools.product(
         _VARIANTS, ("LayerNorm", "RMSNorm"), ("gelu", "gelu_tanh", "swiglu"),
-        ("learned_absolute", "rope", "none"), (True, False), (False, True), (False, True),
+        positions, (True, False), (False, True), (False, True),
     ):  # fmt: skip
+        kind, scheme, part = position
+        if scheme and variant in ("qkv", "q_eq_k"):
+            continue  # the one that they have is there already, unnamed
         try:
             found.append(base.replace(
                 attention_variant=variant, num_query_groups=groups, normalization=norm, activation=activation,
-                position_embedding_type=position, add_bias_linear=bias, qk_layernorm=qk_norm,
-                untie_embeddings_and_output_weights=untied,
+                position_embedding_type=kind, kv_rotary=scheme, rotary_percent=part, add_bias_linear=bias,
+                qk_layernorm=qk_norm, untie_embeddings_and_output_weights=untied,
             ))  # fmt: skip
         except ValueError:
             continue
@@ -230,14 +236,14 @@ def accepted() -> list[ModelConfig]:
 
 
 ACCEPTED = accepted()
-assert len(ACCEPTED) == 696
-# One in 17: a prime, so that every option's values appear.
-SAMPLE = ACCEPTED[::17]
+assert len(ACCEPTED) == 8 * 2 * 48 + 4 * 48 + 15 * 48
+# One in 29: a prime, so that every option's values appear.
+SAMPLE = ACCEPTED[::29]
 
 
 OPTIONS = (
     "attention_variant", "num_query_groups", "normalization", "activation", "position_embedding_type",
-    "add_bias_linear", "qk_layernorm", "untie_embeddings_and_output_weights",
+    "kv_rotary", "add_bias_linear", "qk_layernorm", "untie_embeddings_and_output_weights",
 )  # fmt: skip
 
 
@@ -284,7 +290,7 @@ def test_built_models(config: ModelConfig) -> None:
 
 
 def test_the_sample_has_every_option() -> None:
-    for name, values in zip(OPTIONS, (4, 3, 2, 3, 3, 2, 2, 2), strict=True):
+    for name, values in zip(OPTIONS, (4, 3, 2, 3, 3, 5, 2, 2, 2), strict=True):
         assert len({getattr(config, name) for config in SAMPLE}) == values, name
 
 
@@ -340,7 +346,7 @@ for row in PAPER_VARIANTS:
     model = build_model(config, ParallelConfig(tensor_model_parallel_size=8))
     groups = {layer.self_attention.num_query_groups_per_partition for layer in model.decoder.layers}
     assert groups == {formulas.groups_per_rank(config, 8)}, (row.name, groups)
-    cache = KVCache.for_model(model, config.variant, max_sequences=3, max_tokens=64, page_size=None)
+    cache = KVCache.for_model(model, config, max_sequences=3, max_tokens=64, page_size=None)
     assert cache.nbytes() == formulas.kv_cache_bytes(config, 64, 3, 4, 8), row.name
     print(row.name)
 """

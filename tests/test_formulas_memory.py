@@ -43,6 +43,13 @@ ROTARY: dict[str, dict[str, Any]] = {
     "rope, attention dropout, norms": {"attention_dropout": 0.1, "qk_layernorm": True},
     "rope, half of the head": {"rotary_percent": 0.5},
 }
+NORMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "norms": {"qk_layernorm": True},
+    "RMS": {"qk_layernorm": True, "normalization": "RMSNorm"},
+    "attention dropout": {"attention_dropout": 0.1},
+    "attention dropout, norms": {"attention_dropout": 0.1, "qk_layernorm": True},
+}
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "full": {
         "recompute_granularity": "full",
@@ -105,6 +112,25 @@ def test_activations_are_what_autograd_keeps(
 @pytest.mark.parametrize("groups", [4, 2, 1])
 def test_activations_with_rotary_positions(parallel_state: Any, groups: int, shape: str) -> None:
     check_saved(small(num_query_groups=groups, position_embedding_type="rope", **ROTARY[shape]))
+
+
+@pytest.mark.parametrize("norms", NORMS)
+@pytest.mark.parametrize("variant, groups", [(v, g) for v, g in SHARED if v != "qkv"])
+def test_activations_with_shared_norms_and_rotations(
+    parallel_state: Any, variant: str, groups: int, norms: str
+) -> None:
+    shared = {"attention_variant": variant, "num_query_groups": groups, **NORMS[norms]}
+    check_saved(small(**shared))
+    if variant == "q_eq_k":
+        check_saved(small(position_embedding_type="rope", **shared))
+        return
+    for scheme in ("rotate_keys", "rotate_values", "partial", "separate_rope_head"):
+        if scheme == "separate_rope_head" and variant == "q_eq_k_eq_v":
+            continue
+        part = 1.0 if scheme == "rotate_values" else 0.5
+        config = small(position_embedding_type="rope", kv_rotary=scheme, rotary_percent=part, **shared)
+        check_saved(config)
+        check_saved(config, "selective")
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)

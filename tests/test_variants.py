@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from megatron_sharedproj.variants import VARIANTS, get_variant
+from megatron_sharedproj.variants import (
+    CACHE_POLICIES,
+    VARIANTS,
+    CachedTensor,
+    cached_tensors,
+    get_variant,
+    resolve_kv_rotary,
+)
 
 # name: (paper's name, projections, cached, tied key/value, tied query/key); paper.md, section 1.
 TABLE = {
@@ -117,9 +126,44 @@ def test_tied_query_and_key_cannot_share_heads(name: str, groups: int) -> None:
 @pytest.mark.parametrize(
     "name, line",
     [
-        ("qk_eq_v", "qk_eq_v (paper: Q-K=V): 2 projection(s) [q, kv], query=q key=kv value=kv, cached: kv"),
-        ("qkv", "qkv (paper: QKV): 3 projection(s) [q, k, v], query=q key=k value=v, cached: k, v"),
+        ("qk_eq_v", "qk_eq_v (paper: Q-K=V): 2 projection(s) [q, kv], query=q key=kv value=kv"),
+        ("qkv", "qkv (paper: QKV): 3 projection(s) [q, k, v], query=q key=k value=v"),
     ],
 )
 def test_description(name: str, line: str) -> None:
     assert VARIANTS[name].describe() == line
+
+
+TIED, UNTIED = get_variant("qk_eq_v"), get_variant("qkv")
+KV, TURNED = CachedTensor("kv", 2, 16), CachedTensor("kv", 2, 16, rotated=True)
+
+
+@pytest.mark.parametrize(
+    "scheme, policy, expected",
+    [
+        ("rotate_keys", "rotate_at_read", (KV,)),
+        ("rotate_keys", "store_both", (TURNED, KV)),
+        ("rotate_values", "rotate_at_read", (TURNED,)),
+        ("rotate_values", "store_both", (TURNED,)),
+        ("partial", "rotate_at_read", (TURNED,)),
+        ("separate_rope_head", "rotate_at_read", (KV, CachedTensor("k_rope", 1, 8, True, True))),
+    ],
+)
+def test_what_is_cached_of_a_rotary_tied_value(scheme: str, policy: str, expected: tuple[Any, ...]) -> None:
+    rotary = resolve_kv_rotary(TIED, scheme, rope=True)
+    sizes = {"num_groups": 2, "head_size": 16, "rope_size": 8}
+    assert cached_tensors(TIED, rotary, **sizes, policy=policy) == expected
+
+
+def test_what_is_cached_otherwise() -> None:
+    sizes: dict[str, Any] = {"num_groups": 2, "head_size": 16}
+    none = resolve_kv_rotary(TIED, "", rope=False)
+    assert cached_tensors(TIED, none, **sizes) == (KV,)
+    keys = resolve_kv_rotary(UNTIED, "", rope=True)
+    two = (CachedTensor("k", 2, 16, rotated=True), CachedTensor("v", 2, 16))
+    for policy in CACHE_POLICIES:
+        assert cached_tensors(UNTIED, keys, **sizes, rope_size=8, policy=policy) == two
+    with pytest.raises(
+        ValueError, match="--kv-cache-policy neither: choose one of rotate_at_read, store_both"
+    ):
+        cached_tensors(TIED, none, **sizes, policy="neither")

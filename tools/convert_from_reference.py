@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
     if held != counted:
         raise ValueError(f"--load {args.load}: {held} parameters, the formulas say {counted}")
     modules = ", ".join(f"{name}: {' '.join(names)}" for name, names in found.layout.modules.items())
-    print(f"{args.load}: {config.variant.describe()}")
+    print(f"{args.load}: {config.describe_attention()}")
     print(
         f"  read from {modules}; {config.num_query_groups} key/value head(s) for {config.num_attention_heads}"
     )

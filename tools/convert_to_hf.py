@@ -19,6 +19,7 @@ except ModuleNotFoundError:  # a bare clone
 from megatron_sharedproj import distributed
 from megatron_sharedproj.command_line import Parser, run_distributed
 from megatron_sharedproj.inference.loading import add_loading_args, load_model
+from megatron_sharedproj.variants import CACHE_POLICIES
 
 EXAMPLE = """examples:
   python tools/convert_to_hf.py --load runs/300m/qk_eq_v --output exported
@@ -43,6 +44,13 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("fp32", "bf16", "fp16"),
         default="",
         help="of the weights (default: the training's)",
+    )
+    group.add_argument(
+        "--kv-cache-policy",
+        choices=CACHE_POLICIES,
+        default=CACHE_POLICIES[0],
+        help="of a model with --kv-rotary rotate_keys, for config.json: one tensor, rotated at every step, "
+        "or two (default rotate_at_read)",
     )
     group.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="of a weights file (default 5GB)"
@@ -78,6 +86,7 @@ def run(args: argparse.Namespace) -> None:
         output=args.output,
         format=args.format,
         dtype=args.dtype,
+        kv_cache_policy=args.kv_cache_policy,
         max_shard_size=args.max_shard_size,
         overwrite=args.overwrite,
         verify=args.verify,

@@ -27,6 +27,7 @@ from megatron_sharedproj.inference.prompts import (
     check_text,
     read_prompts,
 )
+from megatron_sharedproj.variants import CACHE_POLICIES
 
 EXAMPLE = """examples:
   python tools/generate.py --load runs/k_eq_v --prompt "The state of the Union" --top-p 0.9
@@ -69,6 +70,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="prompt tokens in one forward pass (default 4096; 0: any number)",
     )
+    group.add_argument(
+        "--kv-cache-policy",
+        choices=CACHE_POLICIES,
+        default=CACHE_POLICIES[0],
+        help="of a model with --kv-rotary rotate_keys: one tensor, rotated at every step, or two (default "
+        f"{CACHE_POLICIES[0]})",
+    )
     group.add_argument("--no-cache", action="store_true", help="recompute the prefix at every step")
     group = parser.add_argument_group("output")
     group.add_argument(
@@ -102,7 +110,11 @@ def run(args: argparse.Namespace) -> None:
     sampling.check()
     cache = "" if args.no_cache else args.cache
     options = EngineOptions(
-        args.max_batch_size, cache, args.page_size, prefill_chunk_size=args.prefill_chunk_size
+        args.max_batch_size,
+        cache,
+        args.page_size,
+        prefill_chunk_size=args.prefill_chunk_size,
+        kv_cache_policy=args.kv_cache_policy,
     )
     options.check()
 
@@ -201,9 +213,11 @@ def report(args: argparse.Namespace, engine: Any, completions: list[Any]) -> Non
     result, loaded = measured(engine, completions), engine.loaded
     if not distributed.is_rank_0():
         return
+    stored = ", ".join(
+        tensor.describe() for tensor in loaded.config.model.cached_tensors(args.kv_cache_policy)
+    )
     note = (
-        f"cache: {result.cache_bytes} bytes measured ({', '.join(loaded.config.model.variant.cached)}), "
-        f"{result.cache_formula_bytes} by the formula"
+        f"cache: {result.cache_bytes} bytes measured ({stored}), {result.cache_formula_bytes} by the formula"
     )
     ranks = args.tensor_model_parallel_size
     if args.no_cache:
@@ -212,6 +226,8 @@ def report(args: argparse.Namespace, engine: Any, completions: list[Any]) -> Non
         note += f", over all {ranks} ranks"
         if loaded.config.model.num_query_groups < ranks:
             note += " (fewer key/value heads than ranks: each rank holds a copy of its own)"
+        elif loaded.config.model.rotary_scheme.rope_head:
+            note += " (each rank holds the rotary head)"
     print(
         f"{loaded.folder}: {loaded.config.model.attention_variant}; {result.tokens_per_second:.1f} tokens/s "
         f"decoding; {note}",

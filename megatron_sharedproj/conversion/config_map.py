@@ -6,6 +6,7 @@ import math
 from typing import Any, get_type_hints
 
 from megatron_sharedproj.config import ModelConfig
+from megatron_sharedproj.variants import CACHE_POLICIES
 
 MODEL_TYPE = "sharedproj"
 
@@ -40,12 +41,14 @@ def hugging_face_config(
     bos_token_id: int | None = None,
     pad_token_id: int | None = None,
     dtype: str = "float32",
+    kv_cache_policy: str = CACHE_POLICIES[0],
 ) -> dict[str, Any]:
     """The config.json of an exported model.
 
     Args:
         vocab_size: rows of the exported embedding; Megatron's are kept as ``padded_vocab_size``.
         dtype: name of the weights' torch dtype.
+        kv_cache_policy: one of variants.CACHE_POLICIES, for a model whose rotary scheme has the choice.
     """
     values: dict[str, Any] = {
         "architectures": ["SharedProjForCausalLM"],
@@ -56,6 +59,7 @@ def hugging_face_config(
     values.update({theirs: getattr(config, ours) for ours, theirs in _SAME.items()})
     values["hidden_act"], values["gated_mlp"] = _ACTIVATIONS[config.activation]
     values["tie_word_embeddings"] = not config.untie_embeddings_and_output_weights
+    values["kv_rotary"], values["kv_cache_policy"] = config.kv_rotary, kv_cache_policy
     values["rope_parameters"] = None
     if config.position_embedding_type == "rope":
         values["rope_parameters"] = {
@@ -92,6 +96,7 @@ def model_config(values: dict[str, Any]) -> ModelConfig:
             + ", ".join(f"{name} ({'gated' if gated else 'plain'})" for name, gated in activations)
         )
     fields: dict[str, Any] = {ours: values[theirs] for ours, theirs in _SAME.items()}
+    fields["kv_rotary"] = values.get("kv_rotary") or ""  # older exports have none
     if fields["position_embedding_type"] == "rope":
         fields.update(_rotary(values.get("rope_parameters") or {}))
     return ModelConfig(
@@ -119,7 +124,7 @@ def _check_kinds(values: dict[str, Any]) -> None:
 
 
 _FIELD_KINDS: dict[str, type] = get_type_hints(ModelConfig)
-_OPTIONAL: dict[str, type] = {"padded_vocab_size": int, "rope_parameters": dict}
+_OPTIONAL: dict[str, type] = {"padded_vocab_size": int, "rope_parameters": dict, "kv_rotary": str}
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "an object"}
 _MAX_PADDING = 65536
 

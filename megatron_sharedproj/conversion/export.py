@@ -31,6 +31,7 @@ from megatron_sharedproj.conversion.weights import padding_rows, to_hugging_face
 from megatron_sharedproj.data.readers import sha256_of
 from megatron_sharedproj.data.tokenizers import SlowTokenizer
 from megatron_sharedproj.inference.loading import LoadedModel
+from megatron_sharedproj.variants import CACHE_POLICIES
 
 FORMATS = (stock.SHAREDPROJ, *stock.STOCK_FORMATS, stock.GGUF)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,6 +48,7 @@ class ExportOptions:
     Attributes:
         output: folder to make; overwrite: replace the export that it holds.
         format: one of FORMATS; dtype: one of DTYPES, or empty for the one that the model was trained in.
+        kv_cache_policy: of variants.CACHE_POLICIES, for config.json; of a model with ``rotate_keys``.
         max_shard_size: of a weights file ("5GB").
         verify: compare before anything appears under ``output``; verify_data, verify_tokens: on what
             (:func:`megatron_sharedproj.conversion.verify.verification_windows`); tolerance: see there.
@@ -56,6 +58,7 @@ class ExportOptions:
     output: Path
     format: str = stock.SHAREDPROJ
     dtype: str = ""
+    kv_cache_policy: str = CACHE_POLICIES[0]
     max_shard_size: str = "5GB"
     overwrite: bool = False
     verify: bool = True
@@ -119,6 +122,7 @@ def export(
     run, config, vocab_size = loaded.config, loaded.config.model, loaded.tokenizer.vocab_size
     check_options(options)
     stock.check_format(config, options.format)
+    _check_policy(config, options)
     if options.format == stock.GGUF and isinstance(loaded.tokenizer, SlowTokenizer):
         raise ValueError(
             f"--format gguf: {loaded.tokenizer.name} is no byte-level BPE, the one kind that is written into "
@@ -138,9 +142,9 @@ def export(
         takes_text = (folder / "tokenizer_config.json").is_file()
         if not takes_text:
             notes.append(f"No tokenizer files: {loaded.tokenizer.name} takes no text.")
-        cache = cache_line(config)
+        cache = cache_line(config, options.kv_cache_policy)
         if options.format == stock.SHAREDPROJ:
-            _write_sharedproj(folder, config, tensors, ids, dtype, options.max_shard_size)
+            _write_sharedproj(folder, config, tensors, ids, dtype, options)
             padding = padding_rows(config, state, vocab_size)
             _write_padding(folder, {name: rows.to(dtype) for name, rows in padding.items()})
         else:
@@ -171,12 +175,30 @@ def export(
             takes_text=takes_text,
             vocab_size=vocab_size,
             cache=cache,
+            policy=options.kv_cache_policy,
             checks=checks,
             notes=notes,
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
         write_json(folder / RECORD, _record(folder, loaded, options, dtype, result))
     return result
+
+
+def _check_policy(config: ModelConfig, options: ExportOptions) -> None:
+    policy = options.kv_cache_policy
+    choices = [len(config.cached_tensors(name)) for name in (CACHE_POLICIES[0], policy)]
+    if policy == CACHE_POLICIES[0]:
+        return
+    if options.format != stock.SHAREDPROJ:
+        raise ValueError(
+            f"--kv-cache-policy {policy}: an engine of --format {options.format} decides what it stores; "
+            f"leave it out, or use --format {stock.SHAREDPROJ}"
+        )
+    if choices[0] == choices[1]:
+        raise ValueError(
+            f"--kv-cache-policy {policy}: is for --kv-rotary rotate_keys of a tied key/value, and this model "
+            f"is {config.attention_variant} with {config.kv_rotary}; leave it out"
+        )
 
 
 @contextlib.contextmanager
@@ -211,7 +233,7 @@ def _write_sharedproj(
     tensors: dict[str, Tensor],
     ids: dict[str, int | None],
     dtype: torch.dtype,
-    max_shard_size: str,
+    options: ExportOptions,
 ) -> None:
     from megatron_sharedproj.layers import hf
 
@@ -219,11 +241,12 @@ def _write_sharedproj(
         config,
         vocab_size=tensors["model.embed_tokens.weight"].shape[0],
         dtype=str(dtype).removeprefix("torch."),
+        kv_cache_policy=options.kv_cache_policy,
         **ids,
     )
     # The class checks what the loader will check, and adds the map to the code beside it.
     values = hf.SharedProjConfig(**values).to_dict()
-    _write_model(folder, values, tensors, max_shard_size)
+    _write_model(folder, values, tensors, options.max_shard_size)
     for file in hf.SOURCE_FILES:
         shutil.copy(file, folder)
 

@@ -91,7 +91,7 @@ def import_folder(
     counts = formulas.parameters(config)["total"]
     rows = config.padded_vocab_size - embedding.shape[0]
     filled = "" if not rows else f", {rows} of them padding ({'as exported' if padding else 'the mean row'})"
-    say(f"{config.variant.describe()}")
+    say(config.describe_attention())
     say(f"{counts:,} parameters, {config.padded_vocab_size:,} vocabulary rows{filled}")
     return written
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_sharedproj import formulas
 from megatron_sharedproj.config import ModelConfig, RunConfig
+from megatron_sharedproj.variants import CACHE_POLICIES
 
 _USE = {
     "sharedproj": """from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -69,9 +70,21 @@ def _training(run: RunConfig, state: dict[str, Any]) -> list[str]:
     return rows
 
 
-def cache_line(config: ModelConfig) -> str:
-    """What the key/value cache costs in this package's own format."""
-    own = formulas.kv_cache_bytes_per_token(config)
+def _rotary(config: ModelConfig) -> list[str]:
+    """What rotary positions do: nothing to say of a model without them."""
+    if not config.rope_size:
+        return []
+    part = f"{config.rope_size} of the {config.kv_channels} elements of a head"
+    return [f"Rotary positions, `{config.kv_rotary}`, on {part}: {config.rotary_scheme.function}."]
+
+
+def cache_line(config: ModelConfig, policy: str = CACHE_POLICIES[0]) -> str:
+    """What the key/value cache costs in this package's own format.
+
+    Args:
+        policy: one of variants.CACHE_POLICIES.
+    """
+    own = formulas.kv_cache_bytes_per_token(config, policy=policy)
     full = formulas.kv_cache_bytes_per_token(
         config.replace(attention_variant="qkv", num_query_groups=config.num_attention_heads)
     )
@@ -89,6 +102,7 @@ def model_card(
     format: str,
     vocab_size: int,
     cache: str,
+    policy: str = CACHE_POLICIES[0],
     checks: list[str],
     notes: list[str],
     takes_text: bool = True,
@@ -97,7 +111,8 @@ def model_card(
 
     Args:
         state: the checkpoint's train_state.json; format: value of ``--format``.
-        cache: what the format's cache costs; checks: how it was verified; notes: further limits.
+        cache: what the format's cache costs; policy: how it is cached, of variants.CACHE_POLICIES.
+        checks: how it was verified; notes: further limits.
         takes_text: there is a tokenizer beside the weights.
     """
     config = run.model
@@ -116,7 +131,8 @@ def model_card(
         "Model": [
             f"A language model whose attention is {variant.formula}, the paper's {variant.paper_name} "
             f"(`{variant.name}`): projected are {', '.join(variant.projections)}, cached "
-            f"{' and '.join(variant.cached)}.",
+            f"{' and '.join(tensor.describe() for tensor in config.cached_tensors(policy))}.",
+            *_rotary(config),
             f"{counts:,} parameters with Megatron's padded vocabulary: {shape}.",
             f"Vocabulary: {vocab_size:,} rows"
             + (

@@ -1,7 +1,8 @@
 """A model as a stock transformers architecture, for engines that know no K=V.
 
 A tied tensor is written once for each role that it plays, so the logits are the same and the cache saves
-nothing. The rules of a format are data: what it asks of a ModelConfig, and why.
+nothing. With rotary positions that is so for `--kv-rotary rotate_keys` alone: a stock model rotates no value.
+The rules of a format are data: what it asks of a ModelConfig, and why.
 
 Shape legend: V vocabulary, P positions, d hidden size, h heads, g groups, e head size, f ffn size.
 """
@@ -70,6 +71,12 @@ _RULES: dict[str, tuple[_Rule, ...]] = {
             ("position_embedding_type",),
             lambda c: c.position_embedding_type == "rope",
             "LlamaForCausalLM has rotary positions",
+        ),
+        _Rule(
+            ("attention_variant", "kv_rotary"),
+            lambda c: not c.variant.tied_kv or c.kv_rotary == "rotate_keys",
+            "LlamaForCausalLM rotates keys and no values: of a tied key/value it computes --kv-rotary "
+            "rotate_keys alone",
         ),
         _Rule(("rotary_percent",), lambda c: c.rotary_percent == 1.0, "LlamaForCausalLM rotates whole heads"),
         _Rule(

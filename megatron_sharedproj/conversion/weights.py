@@ -3,8 +3,9 @@
 Both ways are built from the same table, so that what one writes the other reads. Values are moved, never
 computed: a round trip is bit for bit.
 
-Shape legend: h heads, g groups, e head size, d hidden size, f ffn size, p projected heads in a group,
-V vocabulary (rows of the Hugging Face embedding), W padded vocabulary (Megatron's rows).
+Shape legend: h heads, g groups, e head size, r rotated elements of a head, d hidden size, f ffn size,
+p projected heads in a group, V vocabulary (rows of the Hugging Face embedding), W padded vocabulary
+(Megatron's rows).
 """
 
 from __future__ import annotations
@@ -101,8 +102,12 @@ def name_map(config: ModelConfig) -> list[Entry]:
             d,
             config.num_query_groups,
         )
+        if config.rotary_scheme.rope_head:
+            rope = f"{theirs}.self_attn.k_rope_proj"
+            entries += _linear(config, f"{ours}.self_attention.linear_k_rope", [rope], [config.rope_size], d)
         if config.qk_layernorm:
-            for name in ("q", "k"):
+            # One norm for a projected tensor, whatever roles it has.
+            for name in ("k",) if config.variant.tied_qk else ("q", "k"):
                 attention = f"{ours}.self_attention.{name}_layernorm"
                 entries += _norm(config, attention, f"{theirs}.self_attn.{name}_norm", e)
         attended = config.num_attention_heads * e

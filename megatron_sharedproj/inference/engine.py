@@ -25,6 +25,7 @@ from megatron_sharedproj.inference.loading import LoadedModel
 from megatron_sharedproj.inference.sampling import Sampling, random_stream, sample, uniforms
 from megatron_sharedproj.inference.text import TextStream
 from megatron_sharedproj.layers.kv_cache import PAGE_MULTIPLE, CacheContext, KVCache, inference_mode
+from megatron_sharedproj.variants import CACHE_POLICIES
 
 CACHES = ("paged", "contiguous")
 
@@ -39,6 +40,7 @@ class EngineOptions:
         page_size: tokens of a page of the paged cache, cut to what the longest text can take; pages: fixed
             size of its pool (None: it grows).
         prefill_chunk_size: most prompt tokens in one forward pass (0: any number).
+        kv_cache_policy: one of variants.CACHE_POLICIES, for ``--kv-rotary rotate_keys`` with a tied value.
     """
 
     max_batch_size: int = 8
@@ -46,6 +48,7 @@ class EngineOptions:
     page_size: int = PAGE_MULTIPLE
     pages: int | None = None
     prefill_chunk_size: int = 4096
+    kv_cache_policy: str = CACHE_POLICIES[0]
 
     def check(self) -> None:
         """Raise ValueError for values out of range."""
@@ -257,9 +260,10 @@ class Engine:
         whole = -(-longest // PAGE_MULTIPLE) * PAGE_MULTIPLE
         cache = KVCache.for_model(
             self.loaded.model,
-            self.loaded.config.model.variant,
+            self.loaded.config.model,
             max_sequences=min(options.max_batch_size, len(sequences)),
             max_tokens=longest,
+            policy=options.kv_cache_policy,
             page_size=min(options.page_size, whole) if options.cache == "paged" else None,
             pages=options.pages if options.cache == "paged" else None,
         )

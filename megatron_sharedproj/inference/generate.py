@@ -90,7 +90,9 @@ def measured(engine: Engine, completions: list[Completion]) -> Generation:
     rows = [[*done.request.tokens, *done.tokens] for done in completions]
     width = max((len(row) for row in rows), default=0)
     element = torch.tensor([], dtype=loaded.model.config.params_dtype).element_size()
-    per_token = formulas.kv_cache_bytes_per_token(loaded.config.model, element)
+    per_token = formulas.kv_cache_bytes_per_token(
+        loaded.config.model, element, policy=engine.options.kv_cache_policy
+    )
     return Generation(
         tokens=torch.tensor([row + [eod] * (width - len(row)) for row in rows]),
         text=[_prompt_text(engine, done.request) + done.text for done in completions],

@@ -2,22 +2,25 @@
 
 Subclasses megatron.core.transformer.attention.SelfAttention.
 
-Shape legend: s sequence, b batch, h heads on this rank, g groups on this rank, e head size, d hidden size.
+Shape legend: s sequence, t tokens seen, b batch, h heads on this rank, g groups on this rank, e head size,
+r rotated elements of a head, d hidden size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
 from megatron_sharedproj.layers.core_attention import SharedProjectionCoreAttention
 from megatron_sharedproj.layers.kv_cache import CacheContext, alias_tied_cache
-from megatron_sharedproj.variants import get_variant
+from megatron_sharedproj.layers.rotary import RopeHead, join_rope_head, rotate
+from megatron_sharedproj.ops.rotary import rotate as turn
+from megatron_sharedproj.variants import KV_ROTARY, get_variant, resolve_kv_rotary
 
 
 class SharedProjectionSelfAttention(SelfAttention):
@@ -25,49 +28,142 @@ class SharedProjectionSelfAttention(SelfAttention):
 
     Args:
         variant: value of ``--attention-variant``.
+        kv_rotary: value of ``--kv-rotary``; empty: the model has no rotary positions, or an untied value.
+        rope_size: r, which a scheme with a projection of its own needs.
         The others are Megatron's; ``submodules.linear_qkv`` must build the same variant's projection.
     """
 
     def __init__(
-        self, config: Any, submodules: Any, layer_number: int, *args: Any, variant: str, **kwargs: Any
+        self,
+        config: Any,
+        submodules: Any,
+        layer_number: int,
+        *args: Any,
+        variant: str,
+        kv_rotary: str = "",
+        rope_size: int = 0,
+        **kwargs: Any,
     ):
         self.variant = get_variant(variant)
         self.variant.check_groups(config.num_attention_heads, config.num_query_groups)
+        self.scheme = KV_ROTARY[kv_rotary or "none"]
         super().__init__(config, submodules, layer_number, *args, **kwargs)
         if isinstance(self.core_attention, SharedProjectionCoreAttention):
             self.core_attention.tied_kv = self.variant.tied_kv
+        if self.scheme.rope_head:
+            self.linear_k_rope = RopeHead(config, rope_size, self.pg_collection.tp)
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Megatron's, or with a CacheContext this package's own cached attention.
+        """Megatron's; with a CacheContext, or where more than the key is rotated, this package's own.
 
         Args:
             hidden_states: [s, b, d].
         Returns:
             output [s, b, d], and its bias, which the layer adds.
         """
-        context = kwargs.get("inference_context")
-        if not isinstance(context, CacheContext):
+        context, angles = kwargs.get("inference_context"), kwargs.get("rotary_pos_emb")
+        if angles is not None and self.scheme.name == "none":
+            # A layer of stock Megatron-LM learns only here that its model has rotary positions.
+            self.scheme = resolve_kv_rotary(self.variant, "", rope=True)
+        if isinstance(context, CacheContext):
+            return self._forward_cached(hidden_states, context, angles)
+        if not (self.scheme.rotates_value or self.scheme.rope_head):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        if context is not None:
+            raise ValueError(
+                f"--kv-rotary {self.scheme.name}: {type(context).__name__} stores keys and values that are "
+                "not rotated; use layers.kv_cache.CacheContext (tools/generate.py does)"
+            )
+        if angles is None:
+            raise ValueError(
+                f"--kv-rotary {self.scheme.name}: needs rotary positions; add --position-embedding-type rope"
+            )
+        return self._forward_rotated(hidden_states, angles, kwargs.get("packed_seq_params"))
+
+    def _forward_rotated(
+        self, hidden_states: Tensor, angles: Tensor, packed: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """The schemes that rotate another thing than query and key: angles [s, 1, 1, r]."""
+        s, b = self._sequence(hidden_states)
         query, key, value = self.get_query_key_value_tensors(hidden_states)
-        angles = kwargs.get("rotary_pos_emb")
-        if angles is not None:
-            if self.variant.tied_kv:
-                raise ValueError(
-                    f"--position-embedding-type rope: the cache of --attention-variant {self.variant.name} "
-                    "has no tensor for values apart from rotated keys; use learned positions"
-                )
-            # [t, 1, 1, r] -> each sequence's own positions, [s, b, 1, r]. The cache stores rotated keys.
-            angles = angles[context.positions.t(), 0]
+        rope = self.linear_k_rope(hidden_states) if self.scheme.rope_head else None
+        if packed is not None:
             tied = key is query
-            query = self._rotate(query, angles)
-            key = query if tied else self._rotate(key, angles)
-        out = context.attend(self.layer_number - 1, query, key, value, self.core_attention.scale)
+            query, key = query.squeeze(1), key.squeeze(1)
+            query, value = key if tied else query, key
+            rope = None if rope is None else rope.squeeze(1)
+        query, key, value, _ = self._rotated(query, key, value, rope, angles, packed)
+        if self.checkpoint_core_attention and self.training:
+            out = self._checkpointed_attention_forward(
+                query, key, value, None, attn_mask_type=self.attn_mask_type, packed_seq_params=packed
+            )
+        else:
+            out = self.core_attention(
+                query, key, value, None, attn_mask_type=self.attn_mask_type, packed_seq_params=packed
+            )
+        if self.scheme.rotates_value:
+            out = self._rotate(out.view(query.shape), angles, packed, inverse=True)
+        return self.linear_proj(out.reshape(s, b, -1))
+
+    def _forward_cached(
+        self, hidden_states: Tensor, context: CacheContext, angles: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention to what the context's sequences hold and the new tokens: angles [t, 1, 1, r]."""
+        query, key, value = self.get_query_key_value_tensors(hidden_states)
+        stored: tuple[Tensor, ...]
+        read: Callable[..., tuple[Tensor, Tensor]] | None = None
+        if angles is None:
+            stored = (key,) if self.variant.tied_kv else (key, value)
+        else:
+            rope = self.linear_k_rope(hidden_states) if self.scheme.rope_head else None
+            # [t, 1, 1, r] -> each sequence's own positions, [s, b, 1, r].
+            own = angles[context.positions.t(), 0]
+            tied = key
+            query, key, value, rope = self._rotated(query, key, value, rope, own)
+            if self.scheme.rope_head:
+                assert rope is not None
+                stored, read = (tied, rope), lambda x, head: (join_rope_head(x, head), x)
+            elif self.scheme.rotates_value:
+                stored = (key,)
+            elif self.variant.tied_kv and len(context.cache.stored(self.layer_number - 1)) == 1:
+                cos, sin = context.rotation(angles)
+                stored, read = (tied,), lambda x: (turn(x, cos[: x.shape[0]], sin[: x.shape[0]]), x)
+            else:
+                stored = key, value
+        out = context.attend(
+            self.layer_number - 1, query, key, value, self.core_attention.scale, stored=stored, read=read
+        )
+        if angles is not None and self.scheme.rotates_value:
+            out = self._rotate(out, own, inverse=True)
         return self.linear_proj(out.flatten(-2))
 
-    def _rotate(self, x: Tensor, angles: Tensor) -> Tensor:
-        return apply_rotary_pos_emb(x, angles, config=self.config, cp_group=self.pg_collection.cp)
+    def _rotated(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rope: Tensor | None,
+        angles: Tensor,
+        packed: Any = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Query, key and value as the attention sees them, and the rotated separate head."""
+        one = key is query
+        query = self._rotate(query, angles, packed)
+        if rope is not None:
+            rope = self._rotate(rope, angles, packed)
+            return query, join_rope_head(key, rope), value, rope
+        rotated = query if one else self._rotate(key, angles, packed)
+        return query, rotated, rotated if self.scheme.rotates_value else value, None
+
+    def _rotate(self, x: Tensor, angles: Tensor, packed: Any = None, *, inverse: bool = False) -> Tensor:
+        return rotate(x, angles, self.config, self.pg_collection.cp, packed, inverse=inverse)
+
+    def _sequence(self, hidden_states: Tensor) -> tuple[int, int]:
+        """Length and batch of the output projection's input: sequence parallelism divides the layer's."""
+        ranks = self.world_size if self.config.sequence_parallel else 1
+        return hidden_states.shape[0] * ranks, hidden_states.shape[1]
 
     def get_query_key_value_tensors(
         self,
@@ -117,14 +213,13 @@ class SharedProjectionSelfAttention(SelfAttention):
             local = heads // ranks
             start = (self.tp_group.rank() % (ranks // groups)) * local
             query = query[:, :, start : start + local]
-        if self.q_layernorm is not None:
+        # A norm belongs to a projected tensor: whatever roles it plays, it is normed once, and unrotated.
+        normed = key if self.k_layernorm is None else self.k_layernorm(key)
+        if query is key:
+            query = normed
+        elif self.q_layernorm is not None:
             query = self.q_layernorm(query)
-        if self.k_layernorm is not None:
-            normed = self.k_layernorm(key)
-            # IdentityOp returns its input, and then key and value stay one tensor.
-            value = normed if value is key and normed is key else value
-            key = normed
-        return query, key, value
+        return query, normed, normed if value is key else value
 
     def _adjust_key_value_for_inference(
         self, inference_context: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any

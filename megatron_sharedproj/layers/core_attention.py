@@ -46,7 +46,7 @@ class SharedProjectionCoreAttention(MegatronModule):
         **unused: Any,
     ):
         super().__init__(config=config)
-        for option in ("window_size", "apply_query_key_layer_scaling"):
+        for option in ("window_size", "apply_query_key_layer_scaling", "fp8", "fp4"):
             if getattr(config, option, None):
                 raise ValueError(
                     f"{option}={getattr(config, option)}: not supported by projection-sharing attention"

@@ -13,16 +13,18 @@ from __future__ import annotations
 
 import contextlib
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from megatron.core.inference.contexts.static_context import StaticInferenceContext
 from torch import Tensor
 
+from megatron_sharedproj.config import ModelConfig
 from megatron_sharedproj.ops.attention import attention
 from megatron_sharedproj.ops.decode import decode
 from megatron_sharedproj.ops.paths import DECODE_QUERIES, Request, refusal
+from megatron_sharedproj.variants import CACHE_POLICIES
 
 PAGE_MULTIPLE = 64  # the decode kernels take pages of a multiple of this
 _GROWTH = 1.5
@@ -40,8 +42,7 @@ class KVCache:
 
     Args:
         layers: layers of the model on this rank (no pipeline parallelism).
-        tensors: cached tensors of a layer, ``len(variant.cached)``.
-        groups: key/value heads on this rank; head_size: their elements.
+        shapes: heads and their elements of each cached tensor of a layer (variants.cached_tensors).
         max_sequences: slots.
         max_tokens: length that one sequence may reach.
         page_size: tokens of a page, a multiple of 64; None: contiguous, max_tokens rounded up.
@@ -55,9 +56,7 @@ class KVCache:
         self,
         *,
         layers: int,
-        tensors: int,
-        groups: int,
-        head_size: int,
+        shapes: Sequence[tuple[int, int]],
         max_sequences: int,
         max_tokens: int,
         page_size: int | None = PAGE_MULTIPLE,
@@ -67,9 +66,9 @@ class KVCache:
     ):
         if page_size is not None and (page_size < 1 or page_size % PAGE_MULTIPLE):
             raise ValueError(f"--page-size {page_size}: must be a multiple of {PAGE_MULTIPLE}")
-        if max_sequences < 1 or max_tokens < 1 or tensors not in (1, 2):
+        if max_sequences < 1 or max_tokens < 1 or len(shapes) not in (1, 2):
             raise ValueError(
-                f"cache of {max_sequences} sequences, {max_tokens} tokens, {tensors} tensors: must be at "
+                f"cache of {max_sequences} sequences, {max_tokens} tokens, {len(shapes)} tensors: must be at "
                 "least 1 each, and 1 or 2 tensors"
             )
         if page_size is None:
@@ -86,29 +85,30 @@ class KVCache:
         self._free_pages: list[int] = []
         # Only the pool's length changes later.
         self._storage = [
-            [torch.empty(0, page_size, groups, head_size, dtype=dtype, device=device) for _ in range(tensors)]
+            [torch.empty(0, page_size, *shape, dtype=dtype, device=device) for shape in shapes]
             for _ in range(layers)
         ]
         if pages is not None:
             self._resize(pages)
 
     @classmethod
-    def for_model(cls, model: Any, variant: Any, **sizes: Any) -> KVCache:
+    def for_model(
+        cls, model: Any, config: ModelConfig, *, policy: str = CACHE_POLICIES[0], **sizes: Any
+    ) -> KVCache:
         """The cache of a Megatron-Core GPTModel on this rank.
 
         Args:
-            variant: variants.AttentionVariant of the model.
+            config: the model's.
+            policy: of variants.CACHE_POLICIES, where the rotary scheme has the choice.
             sizes: max_sequences, max_tokens, page_size and pages as in the class.
         """
-        attention_layer = model.decoder.layers[0].self_attention
-        parameter = next(model.parameters())
+        groups = model.decoder.layers[0].self_attention.num_query_groups_per_partition
+        tensors = config.cached_tensors(policy)
         return cls(
             layers=len(model.decoder.layers),
-            tensors=len(variant.cached),
-            groups=attention_layer.num_query_groups_per_partition,
-            head_size=attention_layer.hidden_size_per_attention_head,
+            shapes=[(1 if tensor.shared else groups, tensor.size) for tensor in tensors],
             dtype=model.config.params_dtype,
-            device=parameter.device,
+            device=next(model.parameters()).device,
             **sizes,
         )
 
@@ -131,10 +131,6 @@ class KVCache:
         """Tokens that the allocated pages hold."""
         return self.pages * self.page_size
 
-    @property
-    def tied(self) -> bool:
-        return len(self._storage[0]) == 1
-
     def nbytes(self) -> int:
         """Bytes of the storage, measured; ``tokens`` times formulas.kv_cache_bytes_per_token on one rank."""
         storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in self.tensors()}
@@ -144,10 +140,9 @@ class KVCache:
         """All cached tensors [p, n, g, e], layer by layer."""
         return [tensor for layer in self._storage for tensor in layer]
 
-    def layer(self, layer: int) -> tuple[Tensor, Tensor | None]:
-        """Key and value [p, n, g, e] of a layer (from 0); the value is None where they are tied."""
-        stored = self._storage[layer]
-        return stored[0], None if len(stored) == 1 else stored[1]
+    def stored(self, layer: int) -> list[Tensor]:
+        """The cached tensors [p, n, g, e] of a layer (from 0)."""
+        return self._storage[layer]
 
     def pages_of(self, slot: int) -> list[int]:
         """Pages of a sequence, in order."""
@@ -214,15 +209,15 @@ class KVCache:
         self.block_table[slot] = 0
         heapq.heappush(self._free_slots, slot)
 
-    def gather(self, layer: int, slot: int) -> tuple[Tensor, Tensor]:
-        """Key and value [length, g, e] of a sequence; one tensor where they are tied."""
+    def gather(self, layer: int, slot: int) -> list[Tensor]:
+        """The cached tensors [length, g, e] of a sequence."""
         pages, length = self._pages[slot], self.lengths[slot]
         found = []
         for stored in self._storage[layer]:
             # One page is a view; several are copied into one piece.
             whole = stored[pages[0]] if len(pages) == 1 else stored[pages].flatten(0, 1)
             found.append(whole[:length])
-        return found[0], found[-1]
+        return found
 
     def _resize(self, pages: int) -> None:
         before = self.pages
@@ -254,6 +249,7 @@ class CacheContext(StaticInferenceContext):
         holder.materialize_only_last_token_logits = last_token_only
         self.slots: list[int] = []
         self.starts: list[int] = []
+        self._angles: Tensor | None = None
 
     def prepare(self, slots: Sequence[int], new_tokens: int) -> None:
         """Make room for the next tokens of these sequences, and find where they go.
@@ -277,39 +273,60 @@ class CacheContext(StaticInferenceContext):
         self._block_table = None if in_order else table.to(device)
         self.decode_mode = all(self.starts)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Store the new keys and values of a layer, and attend to all that its sequences hold.
+    def rotation(self, angles: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine [t, r / 2] of Megatron's angles [t, 1, 1, r], computed once for all layers."""
+        if self._angles is not angles:
+            half = angles[:, 0, 0, : angles.shape[-1] // 2]
+            self._angles, self._rotation = angles, (half.cos(), half.sin())
+        return self._rotation
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        *,
+        stored: Sequence[Tensor],
+        read: Callable[..., tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:
+        """Store what a layer caches of the new tokens, and attend to all that its sequences hold.
 
         Args:
             layer: from 0.
-            query: [s, b, h, e]; key, value: [s, b, g, e], one tensor where they are tied. Already rotated.
+            query: [s, b, h, e]; key, value: [s, b, g, e] of the new tokens, one tensor where the attention
+                sees one. Already rotated.
             scale: factor on the scores.
+            stored: what the cache keeps of them, [s, b, ...] each.
+            read: makes key and value, [t, b, g, e] each, of what is cached of positions 0 to t - 1,
+                [t, b, ...] each; None: they are what is cached.
         Returns:
             [s, b, h, e].
         """
-        stored_key, stored_value = self.cache.layer(layer)
-        for stored, new in ((stored_key, key), (stored_value, value)):
-            if stored is not None:
-                stored.view(-1, *stored.shape[2:])[self._rows] = new.flatten(0, 1).to(stored.dtype)
+        storage = self.cache.stored(layer)
+        for kept, new in zip(storage, stored, strict=True):
+            kept.view(-1, *kept.shape[2:])[self._rows] = new.flatten(0, 1).to(kept.dtype)
         if not any(self.starts):
             return attention(query, key, value, causal=True, scale=scale)
-        if query.shape[0] <= DECODE_QUERIES and _kernel_decodes(query, stored_key, stored_value is None):
-            if self._block_table is None:
-                stored_key = stored_key[: len(self.slots)]
-                stored_value = None if stored_value is None else stored_value[: len(self.slots)]
+        tied = len(storage) == 1 and read is None
+        few = query.shape[0] <= DECODE_QUERIES
+        if few and _kernel_decodes(query, storage[0], tied):
+            table, longest = self._block_table, max(self.starts) + query.shape[0]
+            if table is None:
+                storage = [kept[: len(self.slots)] for kept in storage]
+            if read is not None:
+                whole = storage if table is None else [kept[table].flatten(1, 2) for kept in storage]
+                made = read(*(x[:, :longest].transpose(0, 1) for x in whole))
+                storage, table = [x.transpose(0, 1) for x in made], None
             out, _ = decode(
-                query.transpose(0, 1),
-                stored_key,
-                stored_value,
-                scale=scale,
-                seqlens_k=self._seqlens,
-                block_table=self._block_table,
+                query.transpose(0, 1), *storage, scale=scale, seqlens_k=self._seqlens, block_table=table
             )
             return out.transpose(0, 1)
         out = torch.empty_like(query)
         for index, slot in enumerate(self.slots):
-            keys, values = (x[:, None] for x in self.cache.gather(layer, slot))
-            values = keys if self.cache.tied else values
+            cached = [x[:, None] for x in self.cache.gather(layer, slot)]
+            keys, values = (cached[0], cached[-1]) if read is None else read(*cached)
             one = slice(index, index + 1)
             out[:, one] = attention(query[:, one], keys, values, causal=True, scale=scale)
         return out

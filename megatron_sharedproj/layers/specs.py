@@ -31,6 +31,8 @@ def get_layer_spec(
     *,
     normalization: str = "LayerNorm",
     qk_layernorm: bool = False,
+    kv_rotary: str = "",
+    rope_size: int = 0,
     transformer_impl: str = "local",
 ) -> ModuleSpec:
     """The GPT layer spec of a variant.
@@ -38,12 +40,15 @@ def get_layer_spec(
     Args:
         variant: value of ``--attention-variant``.
         normalization: LayerNorm or RMSNorm.
-        qk_layernorm: norm on queries and keys.
+        qk_layernorm: norm on queries and keys; one where they are tied.
+        kv_rotary: value of ``--kv-rotary``; empty: the model has no rotary positions, or an untied value.
+        rope_size: rotated elements of a head (config.ModelConfig.rope_size).
         transformer_impl: ``local`` or ``transformer_engine`` (Megatron's own provider).
     Raises:
         ValueError: for an unknown variant, or Transformer Engine asked for and absent.
     """
     name = get_variant(variant).name
+    tied_qk = get_variant(variant).tied_qk
     linear: Any
     if transformer_impl == "transformer_engine":
         try:
@@ -67,10 +72,11 @@ def get_layer_spec(
         "core_attention": SharedProjectionCoreAttention,
     }
     for norm in ("q_layernorm", "k_layernorm"):
-        changes[norm] = _norm(getattr(attention.submodules, norm))
+        given = _norm(getattr(attention.submodules, norm))
+        changes[norm] = None if tied_qk and norm == "q_layernorm" else given
     self_attention = ModuleSpec(
         module=SharedProjectionSelfAttention,
-        params={**attention.params, "variant": name},
+        params={**attention.params, "variant": name, "kv_rotary": kv_rotary, "rope_size": rope_size},
         submodules=dataclasses.replace(attention.submodules, **changes),
     )
     submodules = dataclasses.replace(

@@ -43,10 +43,35 @@ OTHERS: dict[str, dict[str, Any]] = {
     "no_positions": {"attention_variant": "qk_eq_v", "position_embedding_type": "none"},
     "wide_heads": {"attention_variant": "q_eq_k", "kv_channels": 24, "normalization": "RMSNorm"},
 }
-ALL = {**PAPER, **ROTARY, **OTHERS}
+_TIED: dict[str, Any] = {"attention_variant": "qk_eq_v", "position_embedding_type": "rope"}
+_RMS: dict[str, Any] = {"normalization": "RMSNorm", "qk_layernorm": True}
+# What rotary positions do to a tied key/value (--kv-rotary).
+TIED: dict[str, dict[str, Any]] = {
+    "rotate_keys": {**_TIED, "kv_rotary": "rotate_keys", "num_query_groups": 2, "qk_layernorm": True},
+    "rotate_keys_half": {**_TIED, "kv_rotary": "rotate_keys", "num_query_groups": 1, "rotary_percent": 0.5},
+    "rotate_values": {**_TIED, "kv_rotary": "rotate_values", "num_query_groups": 1, **_RMS},
+    "rotate_values_one": {
+        **_TIED,
+        "attention_variant": "q_eq_k_eq_v",
+        "kv_rotary": "rotate_values",
+        "qk_layernorm": True,
+    },
+    "partial": {**_TIED, "kv_rotary": "partial", "num_query_groups": 2, "rotary_percent": 0.5},
+    "separate_rope_head": {**_TIED, "kv_rotary": "separate_rope_head", "rotary_percent": 0.5},
+    "separate_rope_head_mqa": {
+        **_TIED,
+        "kv_rotary": "separate_rope_head",
+        "num_query_groups": 1,
+        "rotary_percent": 0.25,
+        "add_bias_linear": False,
+        **_RMS,
+    },
+    "tied_llama": {**LLAMA, **_TIED, "kv_rotary": "rotate_keys", "num_query_groups": 2},
+}
+ALL = {**PAPER, **ROTARY, **OTHERS, **TIED}
 
 # Saved as checkpoints (conftest.py), with a tokenizer of 300 ids and 12 rows of padding.
-CONVERTED = [*PAPER, *ROTARY, "llama", "llama_qk_norm", "untied"]
+CONVERTED = [*PAPER, *ROTARY, *TIED, "llama", "llama_qk_norm", "untied"]
 VOCABULARY, ROWS, LONG = 300, 312, 256
 SAMPLE = Path(__file__).parents[2] / "megatron_sharedproj" / "conversion" / "verification_text.txt"
 

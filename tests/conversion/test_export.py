@@ -90,7 +90,8 @@ def test_files(exported: tuple[Any, Path]) -> None:
         elements = sum(file.get_tensor(name).numel() for name in names)
         assert file.get_tensor("model.embed_tokens.weight").shape[0] == VOCABULARY
     projected = {name.split(".")[-2] for name in names if "layers.0.self_attn" in name} - {"q_norm", "k_norm"}
-    assert projected == {f"{name}_proj" for name in (*config.variant.projections, "o")}
+    alone = ["k_rope"] if config.kv_rotary == "separate_rope_head" else []
+    assert projected == {f"{name}_proj" for name in (*config.variant.projections, *alone, "o")}
     tables = 2 if config.untie_embeddings_and_output_weights else 1
     padded = tables * (ROWS - VOCABULARY) * config.hidden_size
     assert elements == formulas.parameters(config)["total"] - padded
@@ -102,6 +103,10 @@ def test_files(exported: tuple[Any, Path]) -> None:
     assert f"{formulas.kv_cache_bytes_per_token(config):,} bytes per token" in card
     assert "3,072 positions in 3 steps, all of them real tokens" in card
     assert f"`{config.attention_variant}`" in card and "largest difference" in card
+    assert f"cached {' and '.join(tensor.describe() for tensor in config.cached_tensors())}." in card
+    assert (f"Rotary positions, `{config.kv_rotary}`, on {config.rope_size} of" in card) == bool(
+        config.rope_size
+    )
     # Nothing in it names this machine.
     for file in folder.iterdir():
         assert str(folder.parent).encode() not in file.read_bytes(), file.name
@@ -243,7 +248,15 @@ def test_shards_and_rounding(checkpoints: dict[int, Path], tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("format", "name"), [("gpt2", "q_mqa"), ("llama", "llama"), ("gguf", "qk_eq_v"), ("gguf", "llama")]
+    ("format", "name"),
+    [
+        ("gpt2", "q_mqa"),
+        ("llama", "llama"),
+        ("llama", "tied_llama"),
+        ("gguf", "qk_eq_v"),
+        ("gguf", "llama"),
+        ("gguf", "tied_llama"),
+    ],
 )
 def test_stock_formats_are_verified_too(
     format: str, name: str, checkpoints: dict[int, Path], tmp_path: Path
@@ -264,6 +277,33 @@ def test_stock_formats_are_verified_too(
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(model).__name__ == {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}[format]
     assert (model(ids).logits - expected).abs().max() <= BOUND * expected.abs().max()
+
+
+def test_the_cache_policy_of_rotated_keys(checkpoints: dict[int, Path], tmp_path: Path) -> None:
+    loaded, lines = load(checkpoints[1] / "rotate_keys"), []
+    config = loaded.config.model
+    options = ExportOptions(tmp_path / "out", kv_cache_policy="store_both", verify_tokens=100)
+    export(loaded, options, lines.append)
+    own = formulas.kv_cache_bytes_per_token(config, policy="store_both")
+    assert own == 2 * formulas.kv_cache_bytes_per_token(config)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"{own:,} bytes per token" in card and "cached kv (rotated) and kv." in card
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        cache = model(text_ids(8), use_cache=True)["past_key_values"]
+    assert len(cache.layers[0]._stored) == 2
+    import_folder(
+        tmp_path / "out", tmp_path / "back", tokenizer=tokenizer_fields(tmp_path / "out", {}), say=str
+    )
+    assert load(tmp_path / "back").config.model == config.replace(scaled_init=True)
+    for name, format, words in (
+        ("rotate_values", "sharedproj", "rotate_keys of a tied key/value, and this model is qk_eq_v"),
+        ("tied_llama", "llama", "an engine of --format llama decides"),
+    ):
+        options = ExportOptions(tmp_path / "no", format=format, kv_cache_policy="store_both")
+        with pytest.raises(ValueError, match=f"--kv-cache-policy store_both: .*{words}"):
+            export(load(checkpoints[1] / name), options, str)
+    assert not (tmp_path / "no").exists()
 
 
 def test_a_wrong_export_is_refused_and_leaves_nothing(

@@ -18,6 +18,11 @@ FITTING: dict[str, tuple[str, dict[str, Any]]] = {
     "untied": ("gpt2", {}),
     "llama": ("llama", {}),
     "rope_q_eq_k": ("llama", {"normalization": "RMSNorm", "activation": "swiglu"}),
+    "tied_llama": ("llama", {}),
+    "rotate_keys": (
+        "llama",
+        {"qk_layernorm": False, "num_query_groups": 1, "normalization": "RMSNorm", "activation": "swiglu"},
+    ),
     "rope_qkv": ("llama", {"normalization": "RMSNorm", "activation": "swiglu", "num_query_groups": 1}),
 }
 
@@ -109,6 +114,15 @@ def test_every_model_has_a_format_or_a_reason(name: str) -> None:
         ("qk_eq_v", "llama", "position_embedding_type learned_absolute"),
         ("partial_rope", "llama", "rotary_percent 0.5"),
         ("rope_qkv", "llama", "normalization LayerNorm"),
+        (
+            "rotate_values",
+            "llama",
+            "attention_variant qk_eq_v, kv_rotary rotate_values: .*--kv-rotary rotate_keys",
+        ),
+        ("partial", "llama", "kv_rotary partial"),
+        ("separate_rope_head", "llama", "kv_rotary separate_rope_head"),
+        ("rotate_keys_half", "llama", "rotary_percent 0.5"),
+        ("rotate_values_one", "gguf", "position_embedding_type rope.*kv_rotary rotate_values"),
     ],
 )
 def test_refusal_names_field_and_value(name: str, target: str, words: str) -> None:

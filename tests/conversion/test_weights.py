@@ -46,7 +46,8 @@ def test_a_tied_projection_is_one_tensor(case: Any) -> None:
     config, state = case
     names = {n.split("self_attn.")[1] for n in to_hugging_face(config, state, V) if "layers.0.self_attn" in n}
     projected = {n.split("_proj")[0] for n in names if n.endswith("_proj.weight")} - {"o"}
-    assert projected == set(config.variant.projections)
+    alone = {"k_rope"} if config.kv_rotary == "separate_rope_head" else set()
+    assert projected == {*config.variant.projections, *alone}
 
 
 def test_projections_are_the_rows_that_the_layer_uses(case: Any) -> None:
@@ -81,6 +82,14 @@ def test_configuration_there_and_back(case: Any) -> None:
     assert values["vocab_size"] == V and values["padded_vocab_size"] == W
 
 
+def test_an_export_from_before_the_rotary_schemes() -> None:
+    for name in ("qk_eq_v", "rope_qkv", "llama"):
+        config = models.config(name)
+        values = hugging_face_config(config, vocab_size=V, eos_token_id=0)
+        del values["kv_rotary"], values["kv_cache_policy"]
+        assert model_config(values) == config
+
+
 def test_what_does_not_fit_is_named() -> None:
     config = models.config("qk_eq_v")
     tensors = to_hugging_face(config, model_state(models.build(config)), V)
@@ -107,6 +116,10 @@ def test_what_does_not_fit_is_named() -> None:
         ({"attention_variant": "k_eq_q"}, "k_eq_q: unknown"),
         ({"hidden_size": "64"}, "hidden_size '64': expected a whole number"),
         ({"head_dim": None}, "head_dim None: expected a whole number"),
+        ({"kv_rotary": 1}, "kv_rotary 1: expected text"),
+        ({"kv_rotary": "rotate"}, "--kv-rotary rotate: unknown"),
+        ({"kv_rotary": "partial"}, "--kv-rotary partial: needs rotary positions"),
+        ({"position_embedding_type": "rope", "kv_rotary": "none"}, "-type rope: .*--kv-rotary"),
     ],
 )
 def test_bad_configurations_are_refused(change: dict[str, Any], message: str) -> None:

@@ -35,7 +35,8 @@ LLAMA = {
     "disable_bias_linear": True,
     "untie_embeddings_and_output_weights": True,
 }
-LLAMA_GQA = {**LLAMA, "position_embedding_type": "rope", "qk_layernorm": True}
+ROPE = {**LLAMA, "position_embedding_type": "rope"}
+LLAMA_GQA = {**ROPE, "qk_layernorm": True}
 # name -> variant, groups (0: as many as heads), further flags
 MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "qkv": ("qkv", 0, {}),
@@ -48,12 +49,19 @@ MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "Q-MQA": ("qk_eq_v", 1, {}),
     "llama GQA-2": ("qkv", 2, LLAMA_GQA),
     "llama K=V": ("qk_eq_v", 0, LLAMA),
-}
+    "rotate_keys Q-MQA": ("qk_eq_v", 1, {**ROPE, "kv_rotary": "rotate_keys"}),
+    "rotate_values": ("qk_eq_v", 2, {**LLAMA_GQA, "kv_rotary": "rotate_values"}),
+    "partial": ("q_eq_k_eq_v", 0, {**LLAMA_GQA, "kv_rotary": "partial", "rotary_percent": 0.5}),
+    "separate_rope_head": (
+        "qk_eq_v", 2,
+        {"position_embedding_type": "rope", "kv_rotary": "separate_rope_head", "rotary_percent": 0.5},
+    ),
+}  # fmt: skip
 # Four layers, enough for two stages of two chunks.
 DEEP = {
     f"deep {name}": (variant, groups, {**flags, "num_layers": 4})
     for name, (variant, groups, flags) in MODELS.items()
-    if name in ("qkv", "qk_eq_v", "Q-GQA-2", "Q-MQA", "llama GQA-2")
+    if name in ("qkv", "qk_eq_v", "Q-GQA-2", "Q-MQA", "llama GQA-2", "separate_rope_head")
 }
 DROPOUT = {
     "dropout": ("qk_eq_v", 0, {"num_layers": 4, "attention_dropout": 0.1, "hidden_dropout": 0.1}),

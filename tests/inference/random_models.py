@@ -22,6 +22,24 @@ CASES = [
     ("q_eq_k_eq_v", 4),
 ]
 TIED = {"qk_eq_v", "q_eq_k_eq_v"}
+ROPE: dict[str, Any] = {"position_embedding_type": "rope"}
+HALF: dict[str, Any] = {**ROPE, "rotary_percent": 0.5}
+RMS: dict[str, Any] = {"qk_layernorm": True, "normalization": "RMSNorm", "add_bias_linear": False}
+# Every --kv-rotary with the variants, groups, norms and biases that it meets.
+ROTARY: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "qkv rope": ("qkv", 4, ROPE),
+    "qkv-2 half rope": ("qkv", 2, {**HALF, "qk_layernorm": True}),
+    "q_eq_k rope": ("q_eq_k", 4, {**ROPE, "qk_layernorm": True}),
+    "rotate_keys": ("qk_eq_v", 4, {**ROPE, "kv_rotary": "rotate_keys"}),
+    "rotate_keys-1 half": ("qk_eq_v", 1, {**HALF, "kv_rotary": "rotate_keys", "qk_layernorm": True}),
+    "rotate_keys q=k=v": ("q_eq_k_eq_v", 4, {**ROPE, "kv_rotary": "rotate_keys", **RMS}),
+    "rotate_values-2": ("qk_eq_v", 2, {**ROPE, "kv_rotary": "rotate_values", **RMS}),
+    "rotate_values q=k=v": ("q_eq_k_eq_v", 4, {**ROPE, "kv_rotary": "rotate_values"}),
+    "partial-2": ("qk_eq_v", 2, {**HALF, "kv_rotary": "partial", "qk_layernorm": True}),
+    "partial q=k=v": ("q_eq_k_eq_v", 4, {**HALF, "kv_rotary": "partial"}),
+    "separate_rope_head-2": ("qk_eq_v", 2, {**HALF, "kv_rotary": "separate_rope_head"}),
+    "separate_rope_head-1": ("qk_eq_v", 1, {**HALF, "kv_rotary": "separate_rope_head", **RMS}),
+}
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
 
 

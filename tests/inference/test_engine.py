@@ -9,7 +9,7 @@ import torch
 
 from megatron_sharedproj.inference.engine import Engine, EngineOptions, Request, requests_for
 from megatron_sharedproj.inference.sampling import Sampling
-from random_models import CASES, VOCAB, full_logits, load, text
+from random_models import CASES, ROTARY, VOCAB, full_logits, load, text
 
 pytestmark = pytest.mark.usefixtures("parallel_state")
 
@@ -49,7 +49,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "alone": {"max_batch_size": 1},
 }
 MODELS = [(*case, {}) for case in CASES] + [
-    (variant, 4, {"position_embedding_type": "rope"}) for variant in ("qkv", "q_eq_k")
+    ROTARY[name] for name in ("qkv rope", "rotate_keys", "rotate_values-2", "separate_rope_head-2")
 ]
 
 

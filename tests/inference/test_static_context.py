@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_sharedproj import formulas
-from random_models import CASES, TIED, TOLERANCE, full_logits, load, random_tokens
+from random_models import CASES, ROTARY, TIED, TOLERANCE, full_logits, load, random_tokens
 
 pytestmark = pytest.mark.usefixtures("parallel_state")
 
@@ -35,14 +35,21 @@ def cached_logits(model: Any, tokens: Tensor, pieces: list[int]) -> tuple[Tensor
     return torch.stack(found, dim=1), context
 
 
-@pytest.mark.parametrize(("variant", "groups"), CASES)
+MODELS = [(*case, {}) for case in CASES] + [
+    ROTARY[name] for name in ROTARY if "rotate_keys" in name or name.startswith("q")
+]
+
+
+@pytest.mark.parametrize(("variant", "groups", "shape"), MODELS)
 @pytest.mark.parametrize(
     "pieces",
     [[5, 1, 1, 1, 1, 1], [1] * 10, [4, 3, 3], [3, 1, 4, 2]],
     ids=["prefill and steps", "steps only", "chunks", "mixed"],
 )
-def test_cached_logits_are_those_of_a_full_forward(variant: str, groups: int, pieces: list[int]) -> None:
-    model = load(variant, groups).model
+def test_cached_logits_are_those_of_a_full_forward(
+    variant: str, groups: int, shape: dict[str, Any], pieces: list[int]
+) -> None:
+    model = load(variant, groups, **shape).model
     tokens = random_tokens(2, sum(pieces))
     expected = full_logits(model, tokens)
     found, _ = cached_logits(model, tokens, pieces)

@@ -18,17 +18,29 @@ from megatron_sharedproj.device import get_device
 from megatron_sharedproj.inference.engine import EngineOptions, requests_for
 from megatron_sharedproj.inference.sampling import Sampling
 from megatron_sharedproj.quiet import quiet_libraries
-from random_models import CASES, load
+from random_models import CASES, ROTARY, load
 
 MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {f"{v}-{g}": (v, g, {}) for v, g in CASES} | {
-    "qkv rope": ("qkv", 2, {"position_embedding_type": "rope"}),
-    "q_eq_k rope": ("q_eq_k", 4, {"position_embedding_type": "rope"}),
+    name: ROTARY[name]
+    for name in (
+        "qkv-2 half rope",
+        "q_eq_k rope",
+        "rotate_keys",
+        "rotate_keys-1 half",
+        "rotate_values-2",
+        "partial-2",
+        "separate_rope_head-2",
+        "separate_rope_head-1",
+    )
 }
 PROMPTS = ["1 2 3", " ".join(["4 9 7"] * 25), "5"]
 # name -> engine, temperature
 WAYS = {
     "paged": (EngineOptions(max_batch_size=2), 2.0),
-    "contiguous": (EngineOptions(cache="contiguous", prefill_chunk_size=40), 0.0),
+    "contiguous": (
+        EngineOptions(cache="contiguous", prefill_chunk_size=40, kv_cache_policy="store_both"),
+        0.0,
+    ),
     "none": (EngineOptions(cache=""), 0.0),
 }
 

@@ -105,6 +105,12 @@ def test_a_tied_value_reaches_the_kernel_as_the_key(monkeypatch: Any, variant: s
     assert seen == [get_variant(variant).tied_kv]
 
 
+@pytest.mark.parametrize("option, value", [("window_size", (5, 0)), ("fp8", "e4m3")])
+def test_options_that_are_refused(option: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"{option}=.*: not supported by projection-sharing attention"):
+        layer("qk_eq_v", torch.float32, **{option: value})
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_deterministic_mode_reaches_the_kernel(monkeypatch: Any, deterministic: bool) -> None:
     from megatron_sharedproj.layers import core_attention

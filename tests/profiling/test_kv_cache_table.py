@@ -106,7 +106,7 @@ def test_a_cache_that_holds_more_is_not_equal(
 
     class Wrong(live.KVCache):
         def __init__(self, **sizes: Any) -> None:
-            changed = {"tensors": 2} if fault == "untied" else {"dtype": torch.float32}
+            changed = {"shapes": [sizes["shapes"][0]] * 2} if fault == "untied" else {"dtype": torch.float32}
             super().__init__(**{**sizes, **changed})
 
     monkeypatch.setattr(live, "KVCache", Wrong)
@@ -131,7 +131,7 @@ def test_a_cache_that_a_model_has_filled(variant: str, groups: int) -> None:
         num_attention_heads=4, kv_channels=8, ffn_hidden_size=48, padded_vocab_size=64,
         max_position_embeddings=128,
     )  # fmt: skip
-    cache = KVCache.for_model(build_model(config), config.variant, max_sequences=2, max_tokens=100)
+    cache = KVCache.for_model(build_model(config), config, max_sequences=2, max_tokens=100)
     slots = [cache.allocate(), cache.allocate()]
     cache.extend(slots, 70)
     assert cache.tokens == 2 * 128

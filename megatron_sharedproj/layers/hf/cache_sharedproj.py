@@ -7,9 +7,13 @@ room to spare, and store [b, t, g, e]: the heads of one token side by side, whic
 in four fifths of the time of [b, g, t, e] with 8 groups, and in the same with one. transformers sees the
 transposed view.
 
-Untied variants get two such buffers and the same policy, so a comparison between them is fair.
+Untied variants get two such buffers and the same policy, so a comparison between them is fair. With rotary
+positions a tied key/value is one buffer too, but for two cases: `store_both`, and a separate rotary head,
+whose second buffer is [b, t, 1, r]. Keys that are rotated when they are read need the positions of their
+tokens: the cache keeps those once for all layers.
 
-Shape legend: b batch, t cached tokens, s new tokens, g groups (key/value heads), e head size.
+Shape legend: b batch, t cached tokens, s new tokens, g groups (key/value heads), e head size, r rotated
+elements of a head.
 """
 
 from __future__ import annotations
@@ -32,7 +36,10 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 class _SharedStore(CacheLayerMixin):  # type: ignore[misc]
-    """What both layers share: one buffer [b, t, g, e] if tied, else two, and what is done to all of them."""
+    """What both layers share: one buffer [b, t, g, e] if tied, else two, and what is done to all of them.
+
+    The two may have other heads and sizes.
+    """
 
     tied: bool
     _stored: list[Tensor]
@@ -158,9 +165,10 @@ class SharedKVLayer(_SharedStore, DynamicLayer):  # type: ignore[misc]
         """Append s tokens.
 
         Args:
-            key_states, value_states: [b, g, s, e]; the same object where they are tied.
+            key_states, value_states: [b, g, s, e]; the same object where they are tied. A separate rotary
+                head comes in the place of the values, [b, 1, s, r].
         Returns:
-            All keys and values, [b, g, t, e]; the same object where they are tied.
+            All of both, [b, ., t, .]; the same object where they are tied.
         Raises:
             ValueError: for another batch size, or two tensors in a tied cache.
         """
@@ -235,12 +243,15 @@ class SharedKVStaticLayer(_SharedStore, StaticLayer):  # type: ignore[misc]
     Args:
         max_cache_len: tokens it can hold.
         tied: key and value are one tensor.
+        value_shape: heads and their size of what comes in the place of the values, where that is known to be
+            another shape than the keys'.
     """
 
     cumulative_length: Tensor
 
-    def __init__(self, max_cache_len: int, tied: bool) -> None:
+    def __init__(self, max_cache_len: int, tied: bool, value_shape: tuple[int, int] | None = None) -> None:
         self.tied = tied
+        self.value_shape = value_shape
         self._stored = []
         super().__init__(max_cache_len=max_cache_len)
 
@@ -251,11 +262,12 @@ class SharedKVStaticLayer(_SharedStore, StaticLayer):  # type: ignore[misc]
         """Allocate the buffers, zeroed: what a mask hides is still multiplied."""
         self.dtype, self.device = key_states.dtype, key_states.device
         b, g, _, e = key_states.shape
+        shapes = [(g, e)] if self.tied else [(g, e), self.value_shape or (g, e)]
         self.batch_size = self.max_batch_size = b
-        self.num_heads, self.k_head_dim, self.v_head_dim = g, e, e
+        self.num_heads, self.k_head_dim, self.v_head_dim = g, e, shapes[-1][1]
         self._stored = [
-            torch.zeros((b, self.max_cache_len, g, e), dtype=self.dtype, device=self.device)
-            for _ in range(1 if self.tied else 2)
+            torch.zeros((b, self.max_cache_len, *shape), dtype=self.dtype, device=self.device)
+            for shape in shapes
         ]
         self.cumulative_length = self.cumulative_length.to(self.device)
         if not torch.compiler.is_compiling():
@@ -270,9 +282,9 @@ class SharedKVStaticLayer(_SharedStore, StaticLayer):  # type: ignore[misc]
         """Write s tokens behind those stored.
 
         Args:
-            key_states, value_states: [b, g, s, e]; the same object where they are tied.
+            key_states, value_states: as SharedKVLayer.update.
         Returns:
-            The whole buffers, [b, g, max_cache_len, e]; the same object where they are tied.
+            The whole buffers, [b, ., max_cache_len, .]; the same object where they are tied.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -312,6 +324,11 @@ class SharedProjCache(Cache):  # type: ignore[misc]
         config: SharedProjConfig, or any config with ``tied_kv`` and ``num_hidden_layers``.
         max_cache_len: tokens of a static cache; None: a dynamic one.
         offloading, offload_only_non_sliding: as in transformers' Cache.
+
+    Attributes:
+        layout: what ``update`` takes and gives as key and value: "pair", both as the attention sees them
+            (one object where that sees one); "rope_head", the tied tensor and the rotated separate head;
+            "at_read", the tied tensor, not rotated.
     """
 
     def __init__(
@@ -321,13 +338,25 @@ class SharedProjCache(Cache):  # type: ignore[misc]
         offloading: bool = False,
         offload_only_non_sliding: bool = False,
     ) -> None:
-        tied = config.tied_kv
-        layers = [
-            SharedKVLayer(tied) if max_cache_len is None else SharedKVStaticLayer(max_cache_len, tied)
-            for _ in range(config.num_hidden_layers)
-        ]
+        tied = getattr(config, "caches_one_tensor", config.tied_kv)
+        self.layout = "pair"
+        shape = None
+        if getattr(config, "rope_head", False):
+            self.layout, shape = "rope_head", (1, config.rotary_dim)
+        elif getattr(config, "rotates_at_read", False):
+            self.layout = "at_read"
+
+        def layer(tied: bool) -> SharedKVLayer | SharedKVStaticLayer:
+            if max_cache_len is None:
+                return SharedKVLayer(tied)
+            return SharedKVStaticLayer(max_cache_len, tied, shape)
+
+        # int32 [b, t, 1, 1]: whatever is done to the layers is done to it.
+        self._positions = layer(True) if self.layout == "at_read" else None
         super().__init__(
-            layers=layers, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding
+            layers=[layer(tied) for _ in range(config.num_hidden_layers)],
+            offloading=offloading,
+            offload_only_non_sliding=offload_only_non_sliding,
         )
 
     @property
@@ -335,9 +364,70 @@ class SharedProjCache(Cache):  # type: ignore[misc]
         """Tokens that a static cache can hold, -1 for a dynamic one: peft's prefix tuning asks for it."""
         return int(self.layers[0].get_max_length())
 
+    def append_positions(self, position_ids: Tensor, batch_size: int) -> Tensor:
+        """Note the positions of the tokens that the layers get next; once per forward, before them.
+
+        Args:
+            position_ids: [1 or b, s].
+        Returns:
+            Of all tokens, int32 [b, t], or [b, max_cache_len] of a static cache. Tokens that the layers got
+            without positions have those of their places.
+        """
+        assert self._positions is not None
+        new = position_ids.to(torch.int32).expand(batch_size, -1)[:, None, :, None]
+        known, past = self._positions.get_seq_length(), self.layers[0].get_seq_length()
+        if isinstance(known, int) and isinstance(past, int) and known != past:
+            self._positions.crop(past) if past else self._positions.reset()
+            if known < past:
+                places = torch.arange(known, past, dtype=torch.int32, device=new.device)
+                filling = places.expand(batch_size, -1)[:, None, :, None]
+                self._positions.update(filling, filling)
+        return self._positions.update(new, new)[0][:, 0, :, 0]
+
+    def early_initialization(
+        self, batch_size: int, num_heads: Any, head_dim: Any, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """As in transformers."""
+        super().early_initialization(batch_size, num_heads, head_dim, dtype, device)
+        if self._positions is not None and self._positions.supports_early_init:
+            none = torch.zeros((batch_size, 1, 0, 1), dtype=torch.int32, device=device)
+            self._positions.lazy_initialization(none, none)
+
+    def _change_all(self, name: str, *args: Any) -> None:
+        getattr(super(), name)(*args)
+        if self._positions is not None and self._positions.is_initialized:
+            getattr(self._positions, name)(*args)
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self._change_all("reset")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove -n tokens from the end; a positive n is the length to keep (as in transformers 5.8)."""
+        self._change_all("crop", tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Sequence i becomes what sequence beam_idx[i] was."""
+        self._change_all("reorder_cache", beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence ``repeats`` times."""
+        self._change_all("batch_repeat_interleave", repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these sequences."""
+        self._change_all("batch_select_indices", indices)
+
     def nbytes(self) -> int:
-        """Bytes allocated over all layers, spare room included, each storage counted once."""
+        """Bytes of keys and values over all layers, spare room included, each storage counted once.
+
+        Positions, where they are kept, come beside them: :meth:`position_bytes`.
+        """
         return storage_bytes(x for layer in self.layers for x in layer._stored)
+
+    def position_bytes(self) -> int:
+        """Bytes of the tokens' positions: 4 per token for all layers, 0 unless keys are rotated when read."""
+        return 0 if self._positions is None else storage_bytes(self._positions._stored)
 
 
 __all__ = ["BLOCK", "SharedKVLayer", "SharedKVStaticLayer", "SharedProjCache"]

@@ -5,11 +5,12 @@ with its compiled extension, plain causal attention runs on its kernels, which r
 Paper: "Do Transformers Need Three Projections?" (arXiv 2606.04032), section 3; block as in GPT-2.
 
 Shape legend: b batch, s new tokens, t tokens seen (cached and new), d hidden size, h heads, g groups
-(key/value heads), e head size, r rotated half of a head, V vocabulary.
+(key/value heads), e head size, r half of the rotated elements of a head, V vocabulary.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -37,6 +38,10 @@ except ImportError:
     attention_ops = decode_ops = paths_ops = None  # type: ignore[assignment]
 
 
+# transformers 5.24 calls it cache, what was past_key_values before.
+_CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+
+
 class PlainCausal(NamedTuple):
     """An attention without a mask: token i of the s new ones sees all t - s + i before it.
 
@@ -47,6 +52,14 @@ class PlainCausal(NamedTuple):
 
     visible: int | None = None
     lengths: Tensor | None = None
+
+
+class Rotary(NamedTuple):
+    """Cosine and sine of positions: of the new tokens [b, s, 1, r], and of all tokens [b, t, 1, r] of a cache
+    whose keys are rotated when they are read."""
+
+    own: tuple[Tensor, Tensor]
+    cached: tuple[Tensor, Tensor] | None = None
 
 
 def _norm(config: SharedProjConfig, size: int) -> nn.Module:
@@ -73,6 +86,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = first.to(compute), second.to(compute)
     rotated = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
     return torch.cat([rotated, rest], dim=-1)
+
+
+def join_rope_head(tied: Tensor, head: Tensor) -> Tensor:
+    """The key of kv_rotary separate_rope_head: [..., t, e] begins with the head [..., t, 2 r]."""
+    rotated = head.shape[-1]
+    return torch.cat([head.expand(*tied.shape[:-1], rotated), tied[..., rotated:]], dim=-1)
 
 
 def eager_attention_forward(
@@ -142,16 +161,17 @@ class SharedProjAttention(nn.Module):
         self.o_proj = nn.Linear(
             config.num_attention_heads * self.head_dim, config.hidden_size, bias=config.use_bias
         )
-        if config.qk_layernorm:
-            self.q_norm = _norm(config, self.head_dim)
-            self.k_norm = _norm(config, self.head_dim)
+        if config.rope_head:
+            self.k_rope_proj = nn.Linear(config.hidden_size, config.rotary_dim, bias=config.use_bias)
+        for name in config.norms:
+            self.add_module(name, _norm(config, self.head_dim))
 
     def forward(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        position_embeddings: Rotary | None = None,
         plain_causal: PlainCausal | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
@@ -160,17 +180,29 @@ class SharedProjAttention(nn.Module):
         projected = {
             name: getattr(self, f"{name}_proj")(hidden_states).view(shape) for name in self.config.projections
         }
-        if self.config.qk_layernorm:
-            projected["q"] = self.q_norm(projected["q"])
-            projected["k"] = self.k_norm(projected["k"])
         query_name, key_name, value_name = self.config.roles
-        if position_embeddings is not None:
-            for name in dict.fromkeys((query_name, key_name)):
-                projected[name] = rotate(projected[name], *position_embeddings)
-        states = {name: x.transpose(1, 2) for name, x in projected.items()}
-        query, key, value = states[query_name], states[key_name], states[value_name]
-        if past_key_values is not None:
+        for norm in self.config.norms:
+            name = query_name if norm == "q_norm" else key_name
+            projected[name] = getattr(self, norm)(projected[name])
+        query, key, value = projected[query_name], projected[key_name], projected[value_name]
+        rope = position_embeddings
+        read_at = None if rope is None or past_key_values is None else rope.cached
+        if rope is not None:
+            one = key is query
+            query = rotate(query, *rope.own)
+            if not self.config.rope_head and read_at is None:
+                key = query if one else rotate(key, *rope.own)
+                value = key if self.config.rotates_value else value
+        one = value is key
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
+        value = key if one else value.transpose(1, 2)
+        if rope is not None and self.config.rope_head:
+            head = rotate(self.k_rope_proj(hidden_states).unsqueeze(-2), *rope.own).transpose(1, 2)
+            key, value = self._with_rope_head(key, head, past_key_values)
+        elif past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+            if read_at is not None:
+                key = rotate(key.transpose(1, 2), *read_at).transpose(1, 2)
         weights: Tensor | None = None
         if plain_causal is not None:
             output = kernel_attention(query, key, value, plain_causal, self.scaling)
@@ -188,7 +220,22 @@ class SharedProjAttention(nn.Module):
                 scaling=self.scaling,
                 **kwargs,
             )
+        if rope is not None and self.config.rotates_value:
+            cos, sin = rope.own
+            output = rotate(output.reshape(shape), cos, -sin)
         return self.o_proj(output.reshape(*shape[:-2], -1)), weights
+
+    def _with_rope_head(self, tied: Tensor, head: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor]:
+        """Key and value [b, g, t, e] of a separate rotary head: a cache of ours holds the head as it is.
+
+        Args:
+            tied: [b, g, s, e]; head: [b, 1, s, 2 r], rotated.
+        """
+        if cache is not None and getattr(cache, "layout", "") == "rope_head":
+            tied, head = cache.update(tied, head, self.layer_idx)
+            return join_rope_head(tied, head), tied
+        key = join_rope_head(tied, head)
+        return (key, tied) if cache is None else cache.update(key, tied, self.layer_idx)
 
 
 class SharedProjMLP(nn.Module):
@@ -245,7 +292,7 @@ class SharedProjPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["SharedProjDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -280,6 +327,7 @@ class SharedProjModel(SharedProjPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Token ids [b, s] or embeddings [b, s, d] -> last_hidden_state [b, s, d] and the cache.
@@ -287,7 +335,8 @@ class SharedProjModel(SharedProjPreTrainedModel):
         Args:
             attention_mask: [b, t], 0 for padding, or prepared [b, 1, s, t].
             position_ids: [b, s]; counted from the cache, and past the padding, if not given.
-            past_key_values: any cache of transformers; use_cache without one makes a SharedProjCache.
+            past_key_values, cache: any cache of transformers, under its old or new name; use_cache without
+                one makes a SharedProjCache.
         Raises:
             ValueError: for positions beyond max_position_embeddings with learned positions.
         """
@@ -295,45 +344,50 @@ class SharedProjModel(SharedProjPreTrainedModel):
             raise ValueError("input_ids, inputs_embeds: give exactly one")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = SharedProjCache(self.config)
-        plain_causal = self.plain_causal(inputs_embeds, attention_mask, position_ids, past_key_values)
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = SharedProjCache(self.config)
+        plain_causal = self.plain_causal(inputs_embeds, attention_mask, position_ids, cache)
         if plain_causal is None:
             attention_mask_ = create_causal_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 position_ids=position_ids,
+                **{_CACHE: cache},
             )
         else:
             attention_mask_ = None
         if position_ids is None:
-            position_ids = self._positions(inputs_embeds, attention_mask, past_key_values)
+            position_ids = self._positions(inputs_embeds, attention_mask, cache)
         hidden_states = inputs_embeds
         angles = None
         if self.config.position_embedding_type == "learned_absolute":
-            self._check_positions(position_ids, past_key_values)
+            self._check_positions(position_ids, cache)
             hidden_states = self.embed_positions(hidden_states, position_ids)
         elif self.config.position_embedding_type == "rope":
-            angles = rotary_angles(self.config, position_ids)
+            cached = None
+            if isinstance(cache, SharedProjCache) and cache.layout == "at_read":
+                positions = cache.append_positions(position_ids, inputs_embeds.shape[0])
+                cached = rotary_angles(self.config, positions)
+            angles = Rotary(rotary_angles(self.config, position_ids), cached)
         hidden_states = nn.functional.dropout(
             hidden_states, p=self.config.hidden_dropout, training=self.training
         )
+        # A checkpointed layer runs twice: as in transformers, it has no cache.
+        checkpointed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = layer(
                 hidden_states,
                 attention_mask=attention_mask_,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                past_key_values=None if checkpointed else cache,
                 use_cache=use_cache,
                 position_embeddings=angles,
                 plain_causal=plain_causal,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
-        )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{_CACHE: cache})
 
     def plain_causal(
         self,
@@ -385,7 +439,7 @@ class SharedProjModel(SharedProjPreTrainedModel):
             device=device,
             dtype=dtype,
             head_size=self.config.head_dim,
-            tied=self.config.tied_kv,
+            tied=self.config.attends_one_tensor,
             queries=inputs.shape[1],
             keys=keys,
             training=torch.is_grad_enabled(),
@@ -446,6 +500,7 @@ class SharedProjForCausalLM(SharedProjPreTrainedModel, GenerationMixin):  # type
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Arguments of SharedProjModel.forward -> logits [b, s, V], the cache, and the loss if asked for.
@@ -461,6 +516,7 @@ class SharedProjForCausalLM(SharedProjPreTrainedModel, GenerationMixin):  # type
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=cache,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -473,9 +529,9 @@ class SharedProjForCausalLM(SharedProjPreTrainedModel, GenerationMixin):  # type
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{_CACHE: outputs[_CACHE] if _CACHE in outputs else None},
         )
 
     def create_masks_for_generate(
@@ -483,19 +539,21 @@ class SharedProjForCausalLM(SharedProjPreTrainedModel, GenerationMixin):  # type
         config: SharedProjConfig,
         inputs_embeds: Tensor,
         attention_mask: Tensor | None,
-        past_key_values: Cache | None,
+        past_key_values: Cache | None = None,
         position_ids: Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
         """generate's mask for a static cache: none where the kernels need none."""
-        if self.model.plain_causal(inputs_embeds, attention_mask, position_ids, past_key_values) is not None:
+        cache = past_key_values if cache is None else cache
+        if self.model.plain_causal(inputs_embeds, attention_mask, position_ids, cache) is not None:
             return None
         return create_masks_for_generate(
             config=config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{_CACHE: cache},
         )
 
     def _prepare_static_cache(
@@ -515,11 +573,11 @@ class SharedProjForCausalLM(SharedProjPreTrainedModel, GenerationMixin):  # type
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(_CACHE)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        made = model_kwargs.get("past_key_values")
+        made = model_kwargs.get(_CACHE)
         if given is None and made is not None and type(made) is DynamicCache:
-            model_kwargs["past_key_values"] = SharedProjCache(self.config, offloading=made.offloading)
+            model_kwargs[_CACHE] = SharedProjCache(self.config, offloading=made.offloading)
 
 
 __all__ = ["SharedProjForCausalLM", "SharedProjModel", "SharedProjPreTrainedModel"]

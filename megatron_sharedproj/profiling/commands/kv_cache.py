@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 from megatron_sharedproj import formulas
@@ -160,11 +159,10 @@ def engine_cache_bytes(row: Row, config: ModelConfig) -> tuple[int, int]:
     from megatron_sharedproj.layers.kv_cache import KVCache
 
     batch, context = row["batch_size"], row["context_length"]
+    groups = formulas.groups_per_rank(config, row["tensor_model_parallel_size"])
     cache = KVCache(
         layers=config.num_layers,
-        tensors=len(config.variant.cached),
-        groups=formulas.groups_per_rank(config, row["tensor_model_parallel_size"]),
-        head_size=config.kv_channels,
+        shapes=[(1 if tensor.shared else groups, tensor.size) for tensor in config.cached_tensors()],
         max_sequences=batch,
         max_tokens=context,
         page_size=None,
@@ -178,9 +176,12 @@ def hugging_face_cache_bytes(row: Row, config: ModelConfig) -> int:
     """Bytes of the Hugging Face form's static cache for the context."""
     import torch
 
-    from megatron_sharedproj.layers.hf import SharedProjCache
+    from megatron_sharedproj.conversion.config_map import hugging_face_config
+    from megatron_sharedproj.layers.hf import SharedProjCache, SharedProjConfig
 
-    form = SimpleNamespace(tied_kv=config.variant.tied_kv, num_hidden_layers=config.num_layers)
+    values = hugging_face_config(config, vocab_size=config.padded_vocab_size, eos_token_id=None)
+    values.pop("architectures"), values.pop("model_type")
+    form = SharedProjConfig(**values)
     cache = SharedProjCache(form, max_cache_len=row["context_length"])
     cache.early_initialization(
         batch_size=row["batch_size"],

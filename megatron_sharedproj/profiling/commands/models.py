@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_sharedproj.command_line import list_of, positive_int
 from megatron_sharedproj.config import PRESETS, ModelConfig
-from megatron_sharedproj.variants import VARIANTS, get_variant
+from megatron_sharedproj.variants import KV_ROTARY, VARIANTS, get_variant
 
 ALL = "all"
 
@@ -62,7 +62,7 @@ _CHOICES = (
 _SWITCHES = (
     ("swiglu", "activation", "swiglu", "gated SiLU MLP"),
     ("disable_bias_linear", "add_bias_linear", False, "no biases in linear layers"),
-    ("qk_layernorm", "qk_layernorm", True, "norm on queries and keys (qkv only)"),
+    ("qk_layernorm", "qk_layernorm", True, "norm on queries and keys"),
     (
         "untie_embeddings_and_output_weights",
         "untie_embeddings_and_output_weights",
@@ -103,6 +103,10 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, variants: str = ALL)
         group.add_argument(_flag(flag), type=positive_int, metavar="N", help=text)
     for flag, choices in _CHOICES:
         group.add_argument(_flag(flag), choices=choices)
+    group.add_argument(
+        "--kv-rotary", choices=tuple(KV_ROTARY), help="with rope, of variants that tie key and value"
+    )
+    group.add_argument("--rotary-percent", type=float, metavar="X", help="with rope, rotated part of a head")
     for flag, _, _, text in _SWITCHES:
         group.add_argument(_flag(flag), action="store_true", help=text)
     parser.set_defaults(default_variants=variants)
@@ -126,14 +130,14 @@ def models_and_notes(args: argparse.Namespace) -> tuple[list[tuple[str, ModelCon
     notes = []
     if not asked:
         asked_groups = args.num_query_groups or (base.num_query_groups,)
-        found = [_with(base, base.attention_variant, groups) for groups in asked_groups]
+        found = [_with(args, base, base.attention_variant, groups) for groups in asked_groups]
     elif ALL in asked and not args.num_query_groups:
         for row in PAPER_VARIANTS:
             if not row.groups(heads):
                 notes.append(f"{row.name}: left out, {heads} heads are not divisible by {row.sharing}")
                 continue
             try:
-                found.append(_with(base, row.variant, row.groups(heads)))
+                found.append(_with(args, base, row.variant, row.groups(heads)))
             except ValueError as error:
                 notes.append(f"{row.name}: left out: {error}")
     else:
@@ -141,7 +145,7 @@ def models_and_notes(args: argparse.Namespace) -> tuple[list[tuple[str, ModelCon
         for groups in args.num_query_groups or (heads,):
             # Under `all` the variants that cannot share heads are not an error.
             sharing = [name for name in names if groups == heads or not get_variant(name).tied_qk]
-            found += [_with(base, name, groups) for name in (sharing if ALL in asked else names)]
+            found += [_with(args, base, name, groups) for name in (sharing if ALL in asked else names)]
     models = {(config.attention_variant, config.num_query_groups): config for config in found}
     if not models:
         raise ValueError(f"--attention-variant {','.join(asked)}: none fits this shape; {'; '.join(notes)}")
@@ -160,6 +164,10 @@ def base_model(args: argparse.Namespace) -> ModelConfig:
     }
     changes |= {flag: getattr(args, flag) for flag, _ in _CHOICES if getattr(args, flag) is not None}
     changes |= {field: value for flag, field, value, _ in _SWITCHES if getattr(args, flag)}
+    if args.rotary_percent is not None:
+        changes["rotary_percent"] = args.rotary_percent
+    if args.kv_rotary and config.variant.tied_kv:
+        changes["kv_rotary"] = args.kv_rotary
     heads = changes.get("num_attention_heads", config.num_attention_heads)
     if "hidden_size" in changes or "num_attention_heads" in changes:
         changes.setdefault("kv_channels", 0)  # derived anew
@@ -195,8 +203,10 @@ def paper_name(config: ModelConfig) -> str:
     return f"Q-{sharing}" if config.variant.tied_kv else sharing
 
 
-def _with(base: ModelConfig, variant: str, groups: int) -> ModelConfig:
-    return base.replace(attention_variant=variant, num_query_groups=groups)
+def _with(args: argparse.Namespace, base: ModelConfig, variant: str, groups: int) -> ModelConfig:
+    # Of the models in a table only those that tie key and value have a choice.
+    scheme = {"kv_rotary": args.kv_rotary} if args.kv_rotary and get_variant(variant).tied_kv else {}
+    return base.replace(attention_variant=variant, num_query_groups=groups, **scheme)
 
 
 def _loaded_config(path: Path) -> ModelConfig:

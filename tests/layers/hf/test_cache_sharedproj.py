@@ -202,6 +202,49 @@ def test_refusals() -> None:
 
 
 @pytest.mark.parametrize("static", [None, 16])
+def test_positions_go_with_their_tokens(static: int | None) -> None:
+    cache = SharedProjCache(config("rotate_keys"), max_cache_len=static)
+    assert cache.layout == "at_read" and cache.position_bytes() == 0
+    given = torch.tensor([[3, 4, 5], [0, 0, 1]])
+    seen = cache.append_positions(given, 2)
+    for index in range(2):
+        x = states(3, index, 2)
+        cache.update(x, x, index)
+    assert seen.dtype == torch.int32 and torch.equal(seen[:, :3], given.int())
+    assert cache.position_bytes() == 2 * (static or BLOCK) * 4
+    assert cache.nbytes() == 2 * 2 * (static or BLOCK) * G * E * 4
+    cache.reorder_cache(torch.tensor([1, 0]))
+    cache.crop(-1)
+    seen = cache.append_positions(torch.tensor([[9]]), 2)
+    assert seen[:, :3].tolist() == [[0, 0, 9], [3, 4, 9]]
+
+
+def test_tokens_without_positions_have_those_of_their_places() -> None:
+    """Prefix tuning writes into the layers only; what a forward noted and no layer stored is forgotten."""
+    cache = SharedProjCache(config("rotate_keys"))
+    x = states(4, 0, 2)
+    for index in range(2):
+        cache.update(x, x, index)
+    assert cache.append_positions(torch.tensor([[7, 8]]), 2).tolist() == [[0, 1, 2, 3, 7, 8]] * 2
+    assert cache.append_positions(torch.tensor([[5]]), 2).tolist() == [[0, 1, 2, 3, 5]] * 2
+
+
+@pytest.mark.parametrize("static", [None, 16])
+def test_a_separate_head_lies_beside_the_tied_tensor(static: int | None) -> None:
+    cache = SharedProjCache(config("separate_rope_head"), max_cache_len=static)
+    assert cache.layout == "rope_head"
+    early = {"num_heads": G, "head_dim": E, "dtype": torch.float32, "device": torch.device("cpu")}
+    cache.early_initialization(batch_size=B, **early)
+    head = torch.randn(B, 3, 1, 4).transpose(1, 2)
+    for index in range(2):
+        x = states(3, index)
+        tied, rotated = cache.update(x, head, index)
+        torch.testing.assert_close(tied[:, :, :3], x, rtol=0, atol=0)
+        torch.testing.assert_close(rotated[:, :, :3], head, rtol=0, atol=0)
+    assert cache.nbytes() == 2 * B * (static or BLOCK) * (G * E + 4) * 4
+
+
+@pytest.mark.parametrize("static", [None, 16])
 def test_cache_counts_each_storage_once(static: int | None) -> None:
     sizes = {}
     for name in ("qkv", "qk_eq_v"):

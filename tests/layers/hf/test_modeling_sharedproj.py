@@ -45,7 +45,8 @@ def test_logits_and_gradients_in_float64(name: str) -> None:
     weights = torch.linspace(-1, 1, expected.numel(), dtype=torch.float64).view(expected.shape)
     wanted = torch.autograd.grad((expected * weights).sum() / expected.shape[1], list(copies.values()))
     # Rotary angles are float32, as in Megatron.
-    close = {"rtol": 1e-5, "atol": 1e-5} if "rope" in name or "qk_" in name else {"rtol": 1e-9, "atol": 1e-9}
+    rope = model.config.position_embedding_type == "rope"
+    close = {"rtol": 1e-5, "atol": 1e-5} if rope else {"rtol": 1e-9, "atol": 1e-9}
     for way in ("sdpa", "eager"):
         logits = choose(model, way)(ids).logits
         torch.testing.assert_close(logits, expected, **close)
@@ -190,9 +191,13 @@ def test_tensor_names(name: str, tmp_path: Path) -> None:
             heads = H if tensor == "q" else c.num_key_value_heads
             linear(f"{layer}.self_attn.{tensor}_proj", heads * e, d)
         linear(f"{layer}.self_attn.o_proj", d, H * e)
+        if c.kv_rotary == "separate_rope_head":
+            rotated = int(e * c.rope_parameters["partial_rotary_factor"])
+            linear(f"{layer}.self_attn.k_rope_proj", rotated, d)
         if c.qk_layernorm:
-            norm(f"{layer}.self_attn.q_norm", e)
             norm(f"{layer}.self_attn.k_norm", e)
+            if not c.attention_variant.startswith("q_eq_k"):
+                norm(f"{layer}.self_attn.q_norm", e)
         for part in ("gate", "up") if c.gated_mlp else ("up",):
             linear(f"{layer}.mlp.{part}_proj", f, d)
         linear(f"{layer}.mlp.down_proj", d, f)
@@ -288,7 +293,7 @@ def test_a_learned_prefix_gets_gradients_through_the_cache() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype: torch.dtype) -> None:
-    for name in ("qk_eq_v", "rope", "swiglu_rmsnorm"):
+    for name in ("qk_eq_v", "rope", "swiglu_rmsnorm", "rotate_keys", "rotate_values", "separate_rope_head"):
         model, ids = build(name, initializer_range=0.1), tokens()
         with torch.no_grad():
             expected = model(ids).logits
@@ -302,6 +307,28 @@ def test_half_precision(dtype: torch.dtype) -> None:
             steps = [half(part, past_key_values=cache).logits for part in ids.split([5, 1, 3], 1)]
             torch.testing.assert_close(torch.cat(steps, 1).float(), expected, rtol=0.1, atol=0.1)
             assert cache.layers[0].keys.dtype == dtype
+
+
+@pytest.mark.parametrize("name", ["qk_eq_v", "rotate_keys"])
+def test_a_cache_has_two_names(name: str) -> None:
+    """past_key_values, and cache since transformers 5.24; a checkpointed layer has none."""
+    model, ids = build(name), tokens()
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        for key in ("past_key_values", "cache"):
+            cache = SharedProjCache(model.config)
+            parts = [model(part, **{key: cache}) for part in ids.split([5, 4], 1)]
+            torch.testing.assert_close(torch.cat([part.logits for part in parts], 1), expected, **CLOSE)
+            assert parts[-1][key] is cache if key in parts[-1] else cache.get_seq_length() == 9
+    model.train().gradient_checkpointing_enable()
+    cache = SharedProjCache(model.config)
+    model(ids, past_key_values=cache, labels=ids).loss.backward()
+    assert cache.get_seq_length() == 0
+    with torch.no_grad():
+        model.eval()(ids, past_key_values=cache)
+        logits = model(ids[:, :2], past_key_values=cache).logits
+        joined = torch.cat([ids, ids[:, :2]], 1)
+        torch.testing.assert_close(logits, model(joined, use_cache=False).logits[:, 9:], **CLOSE)
 
 
 def test_positions_beyond_the_limit_are_refused_by_name() -> None:

@@ -51,9 +51,9 @@ torch.save({"logits": logits, "tokens": out.sequences, "bytes": cache.nbytes()},
 """
 
 
-@pytest.mark.parametrize("by", ["save_pretrained", "copies"])
-def test_export_runs_without_the_package(by: str, tmp_path: Path) -> None:
-    model, ids = build("qk_eq_v-2"), tokens()
+@pytest.mark.parametrize(("by", "name"), [("save_pretrained", "qk_eq_v-2"), ("copies", "rotate_keys")])
+def test_export_runs_without_the_package(by: str, name: str, tmp_path: Path) -> None:
+    model, ids = build(name), tokens()
     export = tmp_path / "export"
     model.save_pretrained(export)
     if by == "copies":

@@ -54,7 +54,29 @@ OTHERS: dict[str, dict[str, Any]] = {
         "hidden_act": "gelu_pytorch_tanh",
     },
 }
-MODELS = {**EIGHT, **OTHERS}
+HALF = {**ROPE, "partial_rotary_factor": 0.5}
+
+
+def _tied(kv_rotary: str, groups: int, rope: dict[str, Any] = ROPE, **changes: Any) -> dict[str, Any]:
+    shape = {"attention_variant": "qk_eq_v", "num_key_value_heads": groups, "position_embedding_type": "rope"}
+    return {**shape, "rope_parameters": rope, "kv_rotary": kv_rotary, **changes}
+
+
+RMS: dict[str, Any] = {"normalization": "RMSNorm", "qk_layernorm": True}
+ONE: dict[str, Any] = {"attention_variant": "q_eq_k_eq_v"}
+# What rotary positions do to a tied key/value, with groups, norms and biases that it meets.
+TIED: dict[str, dict[str, Any]] = {
+    "rotate_keys": _tied("rotate_keys", 2, qk_layernorm=True),
+    "rotate_keys-half": _tied("rotate_keys", 1, HALF, kv_cache_policy="store_both", **RMS),
+    "rotate_keys-one": _tied("rotate_keys", H, **ONE, **RMS),
+    "rotate_values": _tied("rotate_values", 2, **RMS),
+    "rotate_values-one": _tied("rotate_values", H, **ONE, qk_layernorm=True),
+    "partial": _tied("partial", 1, HALF, use_bias=False),
+    "partial-one": _tied("partial", H, HALF, **ONE),
+    "separate_rope_head": _tied("separate_rope_head", 2, HALF),
+    "separate_rope_head-1": _tied("separate_rope_head", 1, {**ROPE, "partial_rotary_factor": 0.25}, **RMS),
+}
+MODELS = {**EIGHT, **OTHERS, **TIED}
 
 needs_kernel = pytest.mark.skipif(bool(extension.MISSING), reason=extension.MISSING)
 
@@ -106,13 +128,14 @@ def plain_logits(p: dict[str, Tensor], c: SharedProjConfig, ids: Tensor) -> Tens
         out = x @ p[f"{name}.weight"].T
         return out + p[f"{name}.bias"] if c.use_bias else out
 
-    def rotated(x: Tensor) -> Tensor:
+    def rotated(x: Tensor, sign: int = 1) -> Tensor:
         if c.position_embedding_type != "rope":
             return x
         dim = int(e * c.rope_parameters["partial_rotary_factor"])
         out = x.clone()
         for i in range(dim // 2):
-            angle = torch.arange(s, dtype=x.dtype) * c.rope_parameters["rope_theta"] ** (-2 * i / dim)
+            frequency = sign * c.rope_parameters["rope_theta"] ** (-2 * i / dim)
+            angle = torch.arange(s, dtype=x.dtype) * frequency
             a, z = x[..., i], x[..., i + dim // 2]
             out[..., i] = a * angle.cos() - z * angle.sin()
             out[..., i + dim // 2] = z * angle.cos() + a * angle.sin()
@@ -140,10 +163,20 @@ def plain_logits(p: dict[str, Tensor], c: SharedProjConfig, ids: Tensor) -> Tens
             key = made[variant.key].view(b, s, -1, e)[:, :, group]
             value = made[variant.value].view(b, s, -1, e)[:, :, group]
             if c.qk_layernorm:
-                query = norm(query, f"{layer}.self_attn.q_norm")
+                tied = variant.query == variant.key, variant.key == variant.value
                 key = norm(key, f"{layer}.self_attn.k_norm")
+                query = key if tied[0] else norm(query, f"{layer}.self_attn.q_norm")
+                value = key if tied[1] else value
+            if c.kv_rotary == "separate_rope_head":
+                dim = int(e * c.rope_parameters["partial_rotary_factor"])
+                alone = linear(y, f"{layer}.self_attn.k_rope_proj")
+                assert alone.shape[-1] == dim
+                key = torch.cat([alone, key[..., dim:]], -1)
+            if c.kv_rotary in ("rotate_values", "partial"):
+                value = rotated(value)
             scores = rotated(query) @ rotated(key).transpose(1, 2) / math.sqrt(e)
-            heads.append(scores.masked_fill(hidden, float("-inf")).softmax(-1) @ value)
+            attended = scores.masked_fill(hidden, float("-inf")).softmax(-1) @ value
+            heads.append(rotated(attended, -1) if c.kv_rotary in ("rotate_values", "partial") else attended)
         x = x + linear(torch.cat(heads, -1), f"{layer}.self_attn.o_proj")
         y = norm(x, f"{layer}.post_attention_layernorm")
         up = linear(y, f"{layer}.mlp.up_proj")
