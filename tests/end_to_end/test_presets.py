@@ -82,10 +82,36 @@ def check_header(preset: str, variant: str, row: dict[str, Any]) -> None:
     memory, hours = row["total_bytes"] / 2**30, row["assumed_hours"]
     if variant == "qkv":
         assert f"{memory:.1f} GiB a GPU (qkv;" in comment and f"{hours:.1f} hours" in comment
+        if preset not in PRESETS:
+            return
         paper, share = re.findall(r"The paper's (\d+) hours would be an MFU of (\d+)%", comment)[0]
         assert round(40 * hours / int(paper)) == int(share)
     else:
         assert f"K=V {memory:.1f})" in comment and f"(K=V {hours:.1f}) at an assumed MFU of 40%" in comment
+
+
+@pytest.mark.parametrize(
+    "variant, flags", [("qkv", ()), ("qk_eq_v", ("--kv-rotary", "rotate_values"))], ids=["qkv", "K=V"]
+)
+def test_llama_shaped_preset(variant: str, flags: tuple[str, ...]) -> None:
+    command, _ = dry_run("1b_llama", "--attention-variant", variant, *flags)
+    config, processes = resolve(command)
+    model = config.model
+    assert (model.normalization, model.activation, model.add_bias_linear) == ("RMSNorm", "swiglu", False)
+    assert model.position_embedding_type == "rope" and model.untie_embeddings_and_output_weights
+    assert (model.num_layers, model.hidden_size, model.ffn_hidden_size) == (22, 2048, 5632)
+    assert config.checkpoint.save == "runs/1b_llama/" + "_".join([variant, *flags[1:]])
+    [row] = plan(config, processes, find_gpu("A100-40GB"), 0.4)
+    assert row["total_bytes"] < 0.9 * row["gpu_memory_bytes"]
+    check_header("1b_llama", variant, row)
+
+
+def test_llama_shaped_k_eq_v_needs_a_scheme() -> None:
+    script = ROOT / "examples" / "pretrain_1b_llama.sh"
+    flags = ["--attention-variant", "qk_eq_v", "--dry-run"]
+    done = subprocess.run(["bash", script, *flags], capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: --position-embedding-type rope") and "--kv-rotary" in done.stderr
 
 
 def test_dry_run_prints_the_plan() -> None:
