@@ -18,6 +18,7 @@ from megatron_sharedproj.config import (
     DATA_PROTOCOLS,
     CheckpointConfig,
     DataConfig,
+    DistillConfig,
     LogConfig,
     ModelConfig,
     ParallelConfig,
@@ -54,9 +55,9 @@ _TABLE: dict[str, tuple[type, dict[str, str]]] = {
             "or none",
             "rotary_base": "base of the rotary frequencies",
             "rotary_percent": "fraction of the head that is rotated",
-            "normalization": "LayerNorm or RMSNorm",
             "kv_rotary": "what rotary positions do to a tied key/value: rotate_keys, rotate_values, partial "
             "or separate_rope_head",
+            "normalization": "LayerNorm or RMSNorm",
             "untie_embeddings_and_output_weights": "a separate output matrix",
             "qk_layernorm": "norm on queries and keys, before they are rotated; a tied value is the normed "
             "key",
@@ -174,6 +175,15 @@ _TABLE: dict[str, tuple[type, dict[str, str]]] = {
             "no_load_optim": "do not load optimizer state",
             "no_load_rng": "do not load RNG state",
             "no_save_optim": "do not save optimizer state",
+        },
+    ),
+    "distillation": (
+        DistillConfig,
+        {
+            "distill_teacher": "checkpoint of a trained model with this run's vocabulary, any variant: the "
+            "loss is (1 - alpha) CE + alpha T^2 KL(teacher || student)",
+            "distill_temperature": "T, that both models' logits are divided by in the KL",
+            "distill_alpha": "weight of the teacher against the data, from 0 to 1",
         },
     ),
     "logging": (
@@ -416,6 +426,7 @@ def run_config(args: argparse.Namespace, vocab_size: int, world_size: int) -> Ru
         train=parts[TrainConfig],
         data=parts[DataConfig],
         checkpoint=parts[CheckpointConfig],
+        distill=parts[DistillConfig],
         log=parts[LogConfig],
     )
     if args.data_args_path:

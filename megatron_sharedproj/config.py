@@ -322,6 +322,19 @@ class CheckpointConfig:
 
 
 @dataclass
+class DistillConfig:
+    """A trained model that a run learns from, beside its data.
+
+    The loss is (1 - alpha) CE + alpha T^2 KL(teacher || student), both at temperature T in the KL.
+    ``distill_teacher`` is a checkpoint; empty: there is none.
+    """
+
+    distill_teacher: str = ""
+    distill_temperature: float = 2.0
+    distill_alpha: float = 0.5
+
+
+@dataclass
 class LogConfig:
     """What is written and how often (in iterations)."""
 
@@ -346,6 +359,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
 
@@ -377,6 +391,7 @@ _NESTED: dict[type, dict[str, type]] = {
         "train": TrainConfig,
         "data": DataConfig,
         "checkpoint": CheckpointConfig,
+        "distill": DistillConfig,
         "log": LogConfig,
     }
 }

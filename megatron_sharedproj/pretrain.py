@@ -15,7 +15,7 @@ from megatron_sharedproj.arguments import build_parser, run_config
 from megatron_sharedproj.checkpointing import files
 from megatron_sharedproj.checkpointing.selection import Choice, agree, choose
 from megatron_sharedproj.command_line import print_error
-from megatron_sharedproj.config import RunConfig, to_dict, write_json
+from megatron_sharedproj.config import ModelConfig, RunConfig, to_dict, write_json
 from megatron_sharedproj.data.datasets import build_datasets, check_document_ends, resolve_blends
 from megatron_sharedproj.data.fingerprint import check_same_data, fingerprint
 from megatron_sharedproj.data.padded import real_token_share
@@ -24,7 +24,7 @@ from megatron_sharedproj.device import Device, get_device
 from megatron_sharedproj.layout import describe_layout, recompute_note
 from megatron_sharedproj.ops import paths
 from megatron_sharedproj.quiet import quiet_libraries
-from megatron_sharedproj.validation import check_device, check_folders
+from megatron_sharedproj.validation import check_device, check_distillation, check_folders
 
 
 def find_checkpoint(config: RunConfig) -> Choice | None:
@@ -92,6 +92,37 @@ def check_data(config: RunConfig, choice: Choice, blends: list[Any]) -> None:
             check_same_data(saved, fingerprint(config.data, config.train, blends), choice.folder)
 
 
+def teacher_model(config: RunConfig) -> ModelConfig | None:
+    """The shape of the run's teacher, if it has one. Raises ValueError as check_distillation does."""
+    choice = check_distillation(config)
+    return files.checkpoint_config(choice.folder).model if choice else None
+
+
+def check_teacher_tokenizer(config: RunConfig, tokenizer: Any) -> str:
+    """Refuse a teacher of another tokenizer; a line where its tokenizer is not there any more.
+
+    Raises:
+        ValueError: naming the flag and both tokenizers.
+    """
+    choice = check_distillation(config)
+    if choice is None:
+        return ""
+    data = files.checkpoint_config(choice.folder).data
+    try:
+        theirs = build_tokenizer(
+            data.tokenizer_type, data.tokenizer_model or None, data.vocab_file or None,
+            data.merge_file or None, data.vocab_size or None,
+        )  # fmt: skip
+    except ValueError as error:
+        return f"note: the teacher's tokenizer cannot be compared with this run's: {error}"
+    if (theirs.sha256, theirs.eod) != (tokenizer.sha256, tokenizer.eod):
+        raise ValueError(
+            f"--distill-teacher {config.distill.distill_teacher}: was trained with another tokenizer "
+            f"({theirs.describe()}) than this run's ({tokenizer.describe()}); use its own"
+        )
+    return ""
+
+
 def attention_path(config: RunConfig, device: Device) -> paths.Path:
     """The attention path of the run's training steps.
 
@@ -127,7 +158,8 @@ def prepare(args: Any) -> tuple[RunConfig, Any, list[Any], Device, Choice | None
     )  # fmt: skip
     world = distributed.world_size()
     config = run_config(args, tokenizer.vocab_size, world)
-    check_device(config, device, world // config.parallel.ranks_per_replica)
+    check_teacher_tokenizer(config, tokenizer)
+    check_device(config, device, world // config.parallel.ranks_per_replica, teacher_model(config))
     attention_path(config, device)
     checkpoint = find_checkpoint(config)
     blends = resolve_blends(
@@ -182,7 +214,7 @@ def build_trainer(
     )
     log.message(
         f"{world} process(es), {describe_layout(config.parallel)}, data parallel {ranks}, "
-        f"{device.describe()}; {check_device(config, device, ranks)}"
+        f"{device.describe()}; {check_device(config, device, ranks, teacher_model(config))}"
     )
     if products := device.products():
         log.message(products)
@@ -205,6 +237,7 @@ def build_trainer(
         no_sync = [chunk.no_sync for chunk in chunks]
         model_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     schedule = optim.build_schedule(optimizer, train)
+    teacher = _build_teacher(config, tokenizer, device, [chunk.module for chunk in chunks], log)
     distributed.seed_all(train.seed, data_parallel_offset=True)
 
     resumed = checkpoint is not None and not config.checkpoint.finetune
@@ -223,7 +256,7 @@ def build_trainer(
     trainer = Trainer(
         config=config, device=device, torch_device=local, chunks=chunks, optimizer=optimizer,
         schedule=schedule, train_data=train_data, valid_data=valid_data, test_data=test_data, log=log,
-        boundary=tokenizer.eod if config.data.reset_attention_mask else None,
+        boundary=tokenizer.eod if config.data.reset_attention_mask else None, teacher=teacher,
         data_fingerprint=fingerprint(config.data, train, blends) if distributed.is_rank_0() else {},
     )  # fmt: skip
     if choice is not None:
@@ -241,6 +274,24 @@ def build_trainer(
     log.open(trainer.iteration)
     _report_protocol(trainer, tokenizer.eod)
     return trainer
+
+
+def _build_teacher(config: RunConfig, tokenizer: Any, device: Device, student: list[Any], log: Any) -> Any:
+    """The run's teacher, or None; it takes no part in what is optimised or saved."""
+    choice = check_distillation(config)
+    if choice is None:
+        return None
+    from megatron_sharedproj.training.distillation import build_teacher
+
+    model, distill = files.checkpoint_config(choice.folder).model, config.distill
+    if note := check_teacher_tokenizer(config, tokenizer):
+        log.message(note)
+    log.message(
+        f"teacher: {choice.folder}, {formulas.parameters(model)['total']:,} parameters, "
+        f"{model.describe_attention()}; loss: {1 - distill.distill_alpha:g} CE + {distill.distill_alpha:g} "
+        f"T^2 KL(teacher || student), T {distill.distill_temperature:g}"
+    )
+    return build_teacher(config, choice, model, device, student)
 
 
 def _verified(config: RunConfig, choice: Choice | None, blends: list[Any]) -> Choice | None:

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_sharedproj import formulas
-from megatron_sharedproj.config import ParallelConfig, RunConfig, TrainConfig
-from megatron_sharedproj.formulas_memory import training_memory_bytes
+from megatron_sharedproj.checkpointing import files
+from megatron_sharedproj.checkpointing.selection import Choice, choose
+from megatron_sharedproj.config import DistillConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_sharedproj.formulas_memory import parameters_per_rank, training_memory_bytes
 from megatron_sharedproj.layout import check_layout, check_micro_batches, check_sequence
 
 if TYPE_CHECKING:  # torch is not needed to check flags
@@ -63,13 +65,13 @@ def check_parallel(config: RunConfig, world_size: int) -> int:
         raise ValueError(
             f"--transformer-impl {parallel.transformer_impl}: choose local or transformer_engine"
         )
-    if parallel.distributed_backend not in ("", "nccl", "gloo"):
-        raise ValueError(f"--distributed-backend {parallel.distributed_backend}: choose nccl or gloo")
     if parallel.transformer_impl != "local" and model.rotary_scheme.rope_head:
         raise ValueError(
             f"--kv-rotary {model.kv_rotary}: projects the normed input once more, which Transformer Engine's "
             "fused norm and projection keeps to itself; use --transformer-impl local, or another scheme"
         )
+    if parallel.distributed_backend not in ("", "nccl", "gloo"):
+        raise ValueError(f"--distributed-backend {parallel.distributed_backend}: choose nccl or gloo")
     if parallel.overlap_param_gather and not parallel.use_distributed_optimizer:
         raise ValueError("--overlap-param-gather: needs --use-distributed-optimizer")
     return world_size // replica
@@ -190,6 +192,64 @@ def check_rampup(
         raise ValueError(f"{flag}: --train-samples {train_samples} ends before the ramp does")
 
 
+def check_distillation(config: RunConfig) -> Choice | None:
+    """Check the flags of a teacher, and whether it can run beside the student.
+
+    Returns:
+        Its checkpoint, or None without one.
+    Raises:
+        ValueError: naming the flag, the value and what would work.
+    """
+    distill, parallel = config.distill, config.parallel
+    if not 0 < distill.distill_temperature < float("inf"):
+        raise ValueError(
+            f"--distill-temperature {distill.distill_temperature}: must be above 0; the paper: 2"
+        )
+    if not 0 <= distill.distill_alpha <= 1:
+        raise ValueError(f"--distill-alpha {distill.distill_alpha}: must be in [0, 1]; the paper: 0.5")
+    if not distill.distill_teacher:
+        for name, default in vars(DistillConfig()).items():
+            if getattr(distill, name) != default:
+                flag = f"--{name.replace('_', '-')} {getattr(distill, name)}"
+                raise ValueError(f"{flag}: needs --distill-teacher; add it, or drop this")
+        return None
+    flag = f"--distill-teacher {distill.distill_teacher}"
+    choice = choose(
+        distill.distill_teacher, "--distill-teacher", verify=not config.checkpoint.no_verify_integrity
+    )
+    teacher = files.checkpoint_config(choice.folder).model
+    files.check_engine(choice.folder, files.train_state(choice.folder))
+    if teacher.padded_vocab_size != config.model.padded_vocab_size:
+        raise ValueError(
+            f"{flag}: has {teacher.padded_vocab_size} rows of vocabulary and this run "
+            f"{config.model.padded_vocab_size}; use its tokenizer and --make-vocab-size-divisible-by"
+        )
+    if teacher.max_position_embeddings < config.train.seq_length:
+        raise ValueError(
+            f"{flag}: has {teacher.max_position_embeddings} positions, fewer than --seq-length "
+            f"{config.train.seq_length}; lower that"
+        )
+    without = dataclasses.replace(
+        parallel, recompute_granularity="", recompute_method="", recompute_num_layers=0
+    )
+    try:
+        check_parallel(RunConfig(teacher, without), parallel.ranks_per_replica)
+    except ValueError as error:
+        raise ValueError(f"{flag}: cannot be split as this run is: {error}") from None
+    return choice
+
+
+def _teacher_bytes(config: RunConfig, teacher: ModelConfig, stage: int, micro_batches: int) -> int:
+    """Weights of a teacher on a rank, and its logits: of one micro batch, in a pipeline of a global one."""
+    parallel, train = config.parallel, config.train
+    tp, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    weights = parameters_per_rank(teacher, tp, pipeline_parallel_size=stages, pipeline_stage=stage)
+    tokens = train.micro_batch_size * train.seq_length // parallel.context_parallel_size
+    kept = 1 if stages == 1 else micro_batches
+    logits = kept * tokens * teacher.padded_vocab_size // tp if stage == stages - 1 else 0
+    return (weights + logits) * (2 if train.bf16 or train.fp16 else 4)
+
+
 def _check_retention(config: RunConfig) -> None:
     options = config.checkpoint
     every = options.save_retain_interval
@@ -239,8 +299,10 @@ def _check_writable(flag: str, folder: Path, remedy: str) -> None:
         raise ValueError(f"{flag} {folder}: cannot be written ({error.strerror}); {remedy}") from None
 
 
-def check_device(config: RunConfig, device: Device, data_parallel_size: int) -> str:
-    """Check what this device can run and whether the model fits its memory.
+def check_device(
+    config: RunConfig, device: Device, data_parallel_size: int, teacher: ModelConfig | None = None
+) -> str:
+    """Check what this device can run and whether the model fits its memory, its teacher included.
 
     Returns:
         One line: estimated and available memory.
@@ -259,6 +321,7 @@ def check_device(config: RunConfig, device: Device, data_parallel_size: int) -> 
         for flag, given in wanted.items():
             if given:
                 raise ValueError(f"{flag}: needs a GPU, and none is visible here; drop it to use the CPU")
+    micro_batches = train.global_batch_size // (train.micro_batch_size * data_parallel_size)
     stages = (
         training_memory_bytes(
             config.model,
@@ -271,6 +334,7 @@ def check_device(config: RunConfig, device: Device, data_parallel_size: int) -> 
             pipeline_stage=stage,
             micro_batches=micro_batches,
         )["total"]
+        + (_teacher_bytes(config, teacher, stage, micro_batches) if teacher else 0)
         for stage in range(config.parallel.pipeline_model_parallel_size)
     )
     need = max(stages)
@@ -283,4 +347,3 @@ def check_device(config: RunConfig, device: Device, data_parallel_size: int) -> 
             "--pipeline-model-parallel-size, or add --recompute-granularity full"
         )
     return line
-    micro_batches = train.global_batch_size // (train.micro_batch_size * data_parallel_size)

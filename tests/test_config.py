@@ -13,6 +13,7 @@ from megatron_sharedproj.config import (
     PRESETS,
     CheckpointConfig,
     DataConfig,
+    DistillConfig,
     LogConfig,
     ModelConfig,
     ParallelConfig,
@@ -31,9 +32,9 @@ SMALL: dict[str, Any] = {
     "padded_vocab_size": 256,
     "max_position_embeddings": 32,
 }
-
 ROPE: dict[str, Any] = {"position_embedding_type": "rope"}
 TIED: dict[str, Any] = {**ROPE, "attention_variant": "qk_eq_v"}
+
 
 def full_run() -> RunConfig:
     # Every section differs from its defaults, so a section that is dropped shows.
@@ -43,6 +44,7 @@ def full_run() -> RunConfig:
         train=TrainConfig(seq_length=32, lr=1e-3, lr_warmup_fraction=0.01, adam_beta2=0.95),
         data=DataConfig(data_path=["0.3", "a", "0.7", "b"], split="90,10,0"),
         checkpoint=CheckpointConfig(save="runs/a", save_interval=7),
+        distill=DistillConfig(distill_teacher="runs/qkv", distill_alpha=0.25),
         log=LogConfig(log_interval=3, log_throughput=True),
     )
 
@@ -52,7 +54,8 @@ def test_run_config_survives_json() -> None:
     again = from_dict(RunConfig, json.loads(json.dumps(to_dict(config))))
     assert again == config
     assert [type(getattr(again, f.name)) for f in dataclasses.fields(again)] == [
-        ModelConfig, ParallelConfig, TrainConfig, DataConfig, CheckpointConfig, LogConfig,
+        ModelConfig, ParallelConfig, TrainConfig, DataConfig, CheckpointConfig, DistillConfig,
+        LogConfig,
     ]  # fmt: skip
     for section in dataclasses.fields(config):
         if section.name != "model":
@@ -176,14 +179,14 @@ def test_model_config_is_frozen() -> None:
             {**TIED, "kv_rotary": "rotate_values", "rotary_percent": 0.5},
             ["--rotary-percent 0.5", "whole heads", "--kv-rotary partial"],
         ),
-        ({"attention_dropout": 1.0}, ["--attention-dropout 1.0", "must be in [0, 1)"]),
-        ({"hidden_dropout": -0.1}, ["--hidden-dropout -0.1", "must be in [0, 1)"]),
-    ],
         (
             {**ROPE, "attention_variant": "q_eq_k_eq_v", "kv_rotary": "separate_rope_head"},
             ["--kv-rotary separate_rope_head", "q_eq_k_eq_v", "use qk_eq_v"],
         ),
         ({"kv_rotary": "rotate_keys"}, ["--kv-rotary rotate_keys", "add --position-embedding-type rope"]),
+        ({"attention_dropout": 1.0}, ["--attention-dropout 1.0", "must be in [0, 1)"]),
+        ({"hidden_dropout": -0.1}, ["--hidden-dropout -0.1", "must be in [0, 1)"]),
+    ],
 )
 def test_refusals(changes: dict[str, Any], expected: list[str]) -> None:
     with pytest.raises(ValueError) as error:

@@ -162,13 +162,17 @@ def check_engine(folder: str | Path, state: dict[str, Any]) -> None:
 
 
 def changed_training(saved: RunConfig, wanted: RunConfig, *, same_data: bool = False) -> list[str]:
-    """Flags that decide the schedule or the data order and differ from the checkpoint's, in words.
+    """Flags that decide the schedule, the data order or the loss and differ from the checkpoint's, in words.
 
     Args:
         same_data: the data are known to be the same, wherever they are.
     """
     found = []
-    for part, names in (("train", _SCHEDULE_FIELDS), ("data", _DATA_FIELDS)):
+    for part, names in (
+        ("train", _SCHEDULE_FIELDS),
+        ("data", _DATA_FIELDS),
+        ("distill", _DISTILL_FIELDS),
+    ):
         before, now = getattr(saved, part), getattr(wanted, part)
         for name in names:
             if getattr(before, name) != getattr(now, name) and not (same_data and name.endswith("data_path")):
@@ -231,6 +235,7 @@ _DATA_FIELDS = (
     "reset_attention_mask",
     "eod_mask_loss",
 )
+_DISTILL_FIELDS = ("distill_teacher", "distill_temperature", "distill_alpha")
 
 
 def announce_tracker(root: str | Path, iteration: int) -> None:

@@ -29,6 +29,7 @@ class TrainingLog:
         self._peak = formulas.peak_flops(device_name)
         self._flops_per_token = formulas.train_flops_per_token(config.model, config.train.seq_length)
         self._losses: list[float] = []
+        self._distilled: list[float] = []
         self._skipped = 0
         self._bad = 0  # with a NaN or infinite loss or gradient
         self._timed = 0  # steps since the clock was started; a resumed interval has more losses
@@ -76,12 +77,17 @@ class TrainingLog:
 
     def state(self) -> dict[str, Any]:
         """The interval under way, JSON-ready, for a checkpoint."""
-        return {"losses": self._losses, "skipped": self._skipped, "bad": self._bad}
+        return {
+            "losses": self._losses,
+            "distilled": self._distilled,
+            "skipped": self._skipped,
+            "bad": self._bad,
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on with the interval that a checkpoint was saved in."""
         self._losses, self._skipped = list(state["losses"]), int(state["skipped"])
-        self._bad = int(state.get("bad", 0))
+        self._bad, self._distilled = int(state.get("bad", 0)), list(state.get("distilled", []))
 
     def message(self, text: str) -> None:
         """One line for people, on the logging rank."""
@@ -119,12 +125,14 @@ class TrainingLog:
         skipped: bool,
         bad: bool = False,
         loss_scale: float,
+        distillation: float | None = None,
         figures: dict[str, Any] | None = None,
     ) -> None:
         """Note a step; write the record when its interval is full.
 
         Args:
             bad: the loss or a gradient is NaN or infinite; the loss is left out of the interval's mean.
+            distillation: T^2 KL(teacher || student) per token, of a run with a teacher.
             figures: of metrics.py, for the record of a step that is :meth:`due`.
         """
         if self._first_iteration is None:
@@ -132,6 +140,8 @@ class TrainingLog:
         # Every rank counts, since a checkpoint of any of them carries the interval that is under way.
         if not bad:
             self._losses.append(loss)
+            if distillation is not None:
+                self._distilled.append(distillation)
         self._skipped += skipped
         self._bad += bad
         self._timed += 1
@@ -141,6 +151,7 @@ class TrainingLog:
         if not self.due(iteration):
             return
         losses, skipped_steps, bad_steps = self._losses, self._skipped, self._bad
+        distilled, self._distilled = self._distilled, []
         timed, samples = self._timed, self._samples
         self._losses, self._skipped, self._bad, self._timed, self._samples = [], 0, 0, 0, 0
         if not self.enabled:
@@ -159,6 +170,7 @@ class TrainingLog:
             "learning_rate": learning_rate,
             "global_batch_size": batch_size,
             "lm_loss": sum(losses) / len(losses) if losses else None,
+            **({"distillation_loss": sum(distilled) / len(distilled)} if distilled else {}),
             "loss_scale": loss_scale,
             "grad_norm": grad_norm,
             "skipped_iterations": skipped_steps,
@@ -195,13 +207,14 @@ class TrainingLog:
         parts = "".join(f" grad norm {key.removeprefix(GROUP_NORM)}: {value:.3f} |" for key, value in groups)
         if "peak_memory_bytes" in r:
             parts += f" memory (MiB): {r['peak_memory_bytes'] / 2**20:.1f} on rank {r['peak_memory_rank']} |"
+        distilled = f" distillation loss: {r['distillation_loss']:.6E} |" if "distillation_loss" in r else ""
         loss = "nan" if r["lm_loss"] is None else f"{r['lm_loss']:.6E}"
         self.message(
             f"iteration {r['iteration']:8d}/{r['train_iters']:8d} | "
             f"consumed samples: {r['consumed_samples']:12d} | "
             f"elapsed time per iteration (ms): {r['elapsed_ms_per_iteration']:.1f} |{throughput} "
             f"learning rate: {r['learning_rate']:.6E} | global batch size: {r['global_batch_size']:5d} | "
-            f"lm loss: {loss} | loss scale: {r['loss_scale']:.1f} |{norm} "
+            f"lm loss: {loss} |{distilled} loss scale: {r['loss_scale']:.1f} |{norm} "
             f"number of skipped iterations: {r['skipped_iterations']:3d} | "
             f"number of nan iterations: {r['nan_iterations']:3d} | "
             f"tokens/s: {r['tokens_per_second']:.0f} |{parts} variant: {r['variant']} |"
@@ -222,6 +235,7 @@ class TrainingLog:
             self._json.write(json.dumps(record) + "\n")
         tags = {
             "lm_loss": "lm loss",
+            "distillation_loss": "distillation loss",
             "learning_rate": "learning-rate",
             "global_batch_size": "batch-size",
             "loss_scale": "loss-scale",

@@ -28,6 +28,7 @@ from megatron_sharedproj.layers.core_attention import document_lengths
 from megatron_sharedproj.model import ModelChunks
 from megatron_sharedproj.ops.zigzag import own_chunks
 from megatron_sharedproj.training import bad_steps, metrics
+from megatron_sharedproj.training.distillation import Teacher
 from megatron_sharedproj.training.log import TrainingLog
 from megatron_sharedproj.training.signals import StopSignals
 
@@ -37,22 +38,27 @@ Hook = Callable[["Trainer"], None]
 _EVALUATED_AT_ONCE = 10
 
 
-def forward_step(
-    data_iterator: Iterator[dict[str, torch.Tensor]] | None,
-    model: Any,
-    *,
-    device: torch.device,
-    boundary: int | None = None,
-) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
-    """Megatron's forward step: per-token loss [b, s] and the function that reduces it.
+@dataclass(frozen=True)
+class MicroBatch:
+    """What a GPTModel is called with, and what its losses are reduced with.
 
-    On a pipeline stage before the last it is the hidden states [s, b, d], which the schedule sends on.
-
-    Args:
-        boundary: token after which attention starts anew (``--reset-attention-mask``); None: nowhere.
+    Attributes:
+        inputs, options: of the model; on a middle pipeline stage that needs none, three times None.
+        mask: [b, s] of this rank, 1 where a token is scored; scored: ones of the whole sequence.
     """
-    if data_iterator is None:  # a middle pipeline stage needs none
-        return model(None, None, None), partial(_mean_loss, None)
+
+    inputs: tuple[Any, ...] = (None, None, None)
+    options: dict[str, Any] = field(default_factory=dict)
+    mask: Any = None
+    scored: torch.Tensor | None = None
+
+
+def micro_batch(
+    data_iterator: Iterator[dict[str, torch.Tensor]] | None, device: torch.device, boundary: int | None
+) -> MicroBatch:
+    """The next micro batch as this rank's model takes it; arguments as for :func:`forward_step`."""
+    if data_iterator is None:
+        return MicroBatch()
     batch = next(data_iterator)
     tokens, labels, positions, mask = (
         batch[name].to(device, non_blocking=True)
@@ -64,25 +70,79 @@ def forward_step(
         own = partial(own_chunks, dim=1, ranks=ranks, rank=parallel_state.get_context_parallel_rank())
         tokens, labels, positions, mask = own(tokens), own(labels), own(positions), own(mask)
     if boundary is None:
-        losses = model(tokens, positions, None, labels=labels)
-    else:
-        documents = document_lengths(batch["tokens"], boundary)
-        rows = (x.view(1, -1) for x in (tokens, positions, labels))
-        tokens, positions, labels = rows
-        losses = model(tokens, positions, None, labels=labels, packed_seq_params=documents)
-        if losses.shape == labels.shape:  # not the hidden states of an earlier pipeline stage
-            losses = losses.view_as(mask)
-    return losses, partial(_mean_loss, mask, scored=scored)
+        return MicroBatch((tokens, positions, None), {"labels": labels}, mask, scored)
+    documents = document_lengths(batch["tokens"], boundary)
+    tokens, positions, labels = (x.view(1, -1) for x in (tokens, positions, labels))
+    options = {"labels": labels, "packed_seq_params": documents}
+    return MicroBatch((tokens, positions, None), options, mask, scored)
+
+
+def forward_step(
+    data_iterator: Iterator[dict[str, torch.Tensor]] | None,
+    model: Any,
+    *,
+    device: torch.device,
+    boundary: int | None = None,
+    teacher: Teacher | None = None,
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
+    """Megatron's forward step: per-token loss [b, s] and the function that reduces it.
+
+    On a pipeline stage before the last it is the hidden states [s, b, d], which the schedule sends on.
+
+    Args:
+        boundary: token after which attention starts anew (``--reset-attention-mask``); None: nowhere.
+        teacher: that the model learns from: losses are [2, b, s] then, cross-entropy and KL.
+    """
+    batch = micro_batch(data_iterator, device, boundary)
+    if teacher is not None and not teacher.ahead:
+        teacher.forward(*batch.inputs, **batch.options)
+    losses = model(*batch.inputs, **batch.options)
+    if boundary is not None and data_iterator is not None:
+        one = batch.options["labels"].shape
+        if losses.shape in (one, (2, *one)):  # not the hidden states of an earlier pipeline stage
+            losses = losses.view(*losses.shape[:-2], *batch.mask.shape)
+    return losses, partial(_mean_loss, batch.mask, scored=batch.scored, teacher=teacher)
+
+
+def teacher_step(
+    data_iterator: Iterator[dict[str, torch.Tensor]] | None,
+    model: Any,
+    *,
+    device: torch.device,
+    boundary: int | None = None,
+) -> tuple[torch.Tensor, Callable[..., torch.Tensor]]:
+    """Megatron's forward step of a teacher that runs ahead: logits [s, b, v], and what keeps them."""
+    batch = micro_batch(data_iterator, device, boundary)
+    return model(*batch.inputs, **batch.options), lambda logits, non_loss_data: logits
 
 
 def _mean_loss(
-    mask: Any, losses: torch.Tensor, scored: torch.Tensor | None = None
+    mask: Any,
+    losses: torch.Tensor,
+    scored: torch.Tensor | None = None,
+    teacher: Teacher | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     # Of the whole sequence: context-parallel ranks have a part each, whose sum the schedule and we take.
     scored = mask.sum() if scored is None else scored
-    loss = (losses.float() * mask).sum() / scored.clamp(min=1)
-    # A copy: Megatron's schedule divides the loss by the number of micro batches in place.
-    return loss, {"lm loss": loss.detach().clone()}
+    means = (losses.float() * mask).sum((-2, -1)) / scored.clamp(min=1)
+    if teacher is None:
+        # A copy: Megatron's schedule divides the loss by the number of micro batches in place.
+        return means, {"lm loss": means.detach().clone()}
+    entropy, divergence = means.detach().clone()
+    figures = {"lm loss": entropy, "distillation loss": divergence * teacher.temperature**2}
+    return teacher.reduce((means[0], means[1])), figures
+
+
+def _repeatable(iterator: Any, count: int) -> Callable[[], Any]:
+    """The next so many micro batches of an iterator, or of one for each chunk, to be read several times."""
+    each = iterator if isinstance(iterator, list) else [iterator]
+    batches = [None if one is None else [next(one) for _ in range(count)] for one in each]
+
+    def again() -> Any:
+        iterators = [None if kept is None else iter(kept) for kept in batches]
+        return iterators if isinstance(iterator, list) else iterators[0]
+
+    return again
 
 
 @dataclass
@@ -94,6 +154,7 @@ class Trainer:
             interleaved pipeline schedule several.
         iteration: steps done; consumed_samples: sequences trained on (the data position).
         boundary: token that attention does not reach across; None: it does.
+        teacher: that the model learns from in training (``--distill-teacher``), not in validation.
         origin: where the first weights came from, if they were not drawn here.
         data_fingerprint: identity of the training data (data/fingerprint.py), on the first rank.
         hooks: called after every step.
@@ -110,6 +171,7 @@ class Trainer:
     test_data: Any
     log: TrainingLog
     boundary: int | None = None
+    teacher: Teacher | None = None
     origin: str = ""
     iteration: int = 0
     consumed_samples: int = 0
@@ -137,34 +199,40 @@ class Trainer:
             return self.model.module
         return ModelChunks(chunk.module for chunk in self.chunks)
 
-    def _schedule_step(self, iterator: Any, micro_batches: int, forward_only: bool) -> float:
+    def _schedule_step(self, iterator: Any, micro_batches: int, forward_only: bool) -> list[float]:
+        """Means over a global batch: the loss, and where a teacher teaches, the distillation loss."""
         train = self.config.train
         # With document boundaries a micro batch is one row (forward_step).
         rows, length = train.micro_batch_size, train.seq_length
         if self.boundary is not None:
             rows, length = 1, rows * length
+        sizes = {"num_microbatches": micro_batches, "seq_length": length, "micro_batch_size": rows}
+        batch = {"device": self.torch_device, "boundary": self.boundary}
+        teacher = None if forward_only else self.teacher
+        if teacher is not None and teacher.ahead:
+            repeated = _repeatable(iterator, micro_batches)
+            teacher.run_ahead(partial(teacher_step, **batch), repeated(), **sizes)
+            iterator = repeated()
         results = get_forward_backward_func()(
-            forward_step_func=partial(forward_step, device=self.torch_device, boundary=self.boundary),
+            forward_step_func=partial(forward_step, **batch, teacher=teacher),
             data_iterator=iterator,
             model=self.chunks,
-            num_microbatches=micro_batches,
-            seq_length=length,
-            micro_batch_size=rows,
             forward_only=forward_only,
+            **sizes,
         )
         if results:
-            loss = torch.stack([result["lm loss"] for result in results]).mean()
+            losses = torch.stack([torch.stack(list(result.values())) for result in results]).mean(0)
         else:  # only the last pipeline stage has a loss
-            loss = torch.zeros((), device=self.torch_device)
+            losses = torch.zeros(1 if teacher is None else 2, device=self.torch_device)
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        torch.distributed.all_reduce(loss, group=group)
+        torch.distributed.all_reduce(losses, group=group)
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             torch.distributed.broadcast(
-                loss,
+                losses,
                 parallel_state.get_pipeline_model_parallel_last_rank(),
                 group=parallel_state.get_pipeline_model_parallel_group(),
             )
-        return loss.item() / parallel_state.get_data_parallel_world_size()
+        return [loss / parallel_state.get_data_parallel_world_size() for loss in losses.tolist()]
 
     def step(self, iterator: Any) -> None:
         """One optimizer step over a global batch.
@@ -183,8 +251,8 @@ class Trainer:
         learning_rate = next(
             (g["lr"] for g in self.optimizer.param_groups if g.get("default_config", True)), 0.0
         )
-        loss = self._schedule_step(iterator, micro_batches, forward_only=False)
-        bad = not math.isfinite(loss) or not self._gradients_are_finite()
+        loss, *distillation = self._schedule_step(iterator, micro_batches, forward_only=False)
+        bad = not all(map(math.isfinite, (loss, *distillation))) or not self._gradients_are_finite()
         if bad:
             self._note_bad_step(bad_steps.describe(self, loss, learning_rate))
         else:
@@ -215,6 +283,7 @@ class Trainer:
             skipped=not updated,
             bad=bad,
             loss_scale=float(self.optimizer.get_loss_scale().item()),
+            distillation=distillation[0] if distillation else None,
             figures=figures,
         )
         for hook in self.hooks:
@@ -273,7 +342,7 @@ class Trainer:
         with torch.no_grad():
             for start in range(0, train.eval_iters, _EVALUATED_AT_ONCE):
                 count = min(_EVALUATED_AT_ONCE, train.eval_iters - start)
-                total += count * self._schedule_step(iterator, count * micro_batches, forward_only=True)
+                total += count * self._schedule_step(iterator, count * micro_batches, forward_only=True)[0]
                 stopped = self.signals.any_rank(self.torch_device)
                 if stopped:
                     break
