@@ -58,7 +58,7 @@ def test_parameter_table_is_what_the_formulas_say() -> None:
 
 def test_python_blocks_run() -> None:
     """The snippet runs on tensors of its shapes (s = b, so that the query fits both layouts)."""
-    (block,) = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+    block, own_model = re.findall(r"```python\n(.*?)```", TEXT, re.S)
     b, s, h, g, e = 2, 2, 4, 2, 16
     names: dict[str, object] = {
         "e": e,
@@ -73,3 +73,15 @@ def test_python_blocks_run() -> None:
     out, lse = names["out"], names["lse"]
     assert isinstance(out, torch.Tensor) and out.shape == (b, s, h, e)
     assert isinstance(lse, torch.Tensor) and lse.shape == (b, h, s)
+
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+    names = {"model": model}
+    exec(own_model, names)
+    attention = names["attention"]
+    assert isinstance(attention, torch.nn.Module)
+    assert attention(torch.randn(2, 5, 512)).shape == (2, 5, 512)
+    assert model(torch.ones(1, 3, dtype=torch.long)).logits.shape == (1, 3, 64)
+    assert not any(".v_proj" in name for name, _ in model.named_parameters())
