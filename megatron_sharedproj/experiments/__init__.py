@@ -1,0 +1,1 @@
+"""Comparisons: several trainings with the same data and seeds, resumable, and tables of what came out."""
