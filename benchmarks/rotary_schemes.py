@@ -28,6 +28,7 @@ from megatron_sharedproj.experiments.speeches import ROOT, data_flags, data_jobs
 from megatron_sharedproj.experiments.statistics import mean_and_deviation, spread
 from megatron_sharedproj.profiling.attention_results import commit
 from megatron_sharedproj.profiling.tables import Column, write_rows
+from megatron_sharedproj.reporting.figures import check_plot, new_figure, save_figure
 
 EXAMPLE = """
 example:
@@ -67,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--processes", type=positive_int, default=1, help="data-parallel (default 1)")
     parser.add_argument("--at-once", type=positive_int, default=2, help="runs at a time (default 2)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="the table: .md, .csv or .json")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="each seed's perplexity, and the mean")
     return parser
 
 
@@ -139,6 +141,22 @@ def rows_of(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def plot(rows: list[dict[str, Any]], output: Path) -> None:
+    """A row of dots for each model, one per seed, and a bar at their mean."""
+    figure = new_figure()
+    axes = figure.subplots()
+    for place, row in enumerate(reversed(rows)):
+        values = row["perplexities"]
+        axes.plot(values, [place] * len(values), "o", color="C0")
+        axes.plot([row["perplexity_mean"]], [place], "|", color="C1", markersize=24, markeredgewidth=3)
+    axes.set_yticks(range(len(rows)), [row["model"] for row in reversed(rows)])
+    axes.set_xscale("log")
+    axes.set_xlabel("packed perplexity (lower is better); dots: seeds, bar: their mean")
+    axes.grid(axis="x", which="both", alpha=0.3)
+    axes.set_title(f"{rows[0]['steps']} steps of 4,096 tokens, {rows[0]['parameters']:,} parameters (qkv)")
+    save_figure(figure, output)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0, 2 for a mistake or a failed run, 130 after Ctrl-C (the same command goes on)."""
     args = build_parser().parse_args(argv)
@@ -150,8 +168,13 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--processes {args.processes}: must divide 16")
         if args.output and not args.output.parent.is_dir():
             raise ValueError(f"--output {args.output}: {args.output.parent} is not a folder")
+        if args.plot:
+            check_plot(args.plot)
         run_jobs(jobs_of(args), args.folder, at_once=args.at_once)
-        write_rows(rows_of(args), COLUMNS, args, [f"{args.steps} steps of 4,096 tokens; mean +- deviation"])
+        rows = rows_of(args)
+        if args.plot:
+            plot(rows, args.plot)
+        write_rows(rows, COLUMNS, args, [f"{args.steps} steps of 4,096 tokens; mean +- deviation"])
     except ValueError as error:
         print_error(error)
         return 2
