@@ -150,9 +150,8 @@ def plot(rows: list[dict[str, Any]], output: Path) -> None:
         axes.plot(values, [place] * len(values), "o", color="C0")
         axes.plot([row["perplexity_mean"]], [place], "|", color="C1", markersize=24, markeredgewidth=3)
     axes.set_yticks(range(len(rows)), [row["model"] for row in reversed(rows)])
-    axes.set_xscale("log")
     axes.set_xlabel("packed perplexity (lower is better); dots: seeds, bar: their mean")
-    axes.grid(axis="x", which="both", alpha=0.3)
+    axes.grid(axis="x", alpha=0.3)
     axes.set_title(f"{rows[0]['steps']} steps of 4,096 tokens, {rows[0]['parameters']:,} parameters (qkv)")
     save_figure(figure, output)
 

@@ -49,6 +49,8 @@ MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "Q-MQA": ("qk_eq_v", 1, {}),
     "llama GQA-2": ("qkv", 2, LLAMA_GQA),
     "llama K=V": ("qk_eq_v", 0, LLAMA),
+}
+SCHEMES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "rotate_keys Q-MQA": ("qk_eq_v", 1, {**ROPE, "kv_rotary": "rotate_keys"}),
     "rotate_values": ("qk_eq_v", 2, {**LLAMA_GQA, "kv_rotary": "rotate_values"}),
     "partial": ("q_eq_k_eq_v", 0, {**LLAMA_GQA, "kv_rotary": "partial", "rotary_percent": 0.5}),
@@ -60,7 +62,7 @@ MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
 # Four layers, enough for two stages of two chunks.
 DEEP = {
     f"deep {name}": (variant, groups, {**flags, "num_layers": 4})
-    for name, (variant, groups, flags) in MODELS.items()
+    for name, (variant, groups, flags) in {**MODELS, **SCHEMES}.items()
     if name in ("qkv", "qk_eq_v", "Q-GQA-2", "Q-MQA", "llama GQA-2", "separate_rope_head")
 }
 DROPOUT = {
@@ -92,13 +94,14 @@ class Layout:
     models: dict[str, tuple[str, int, dict[str, Any]]] = field(default_factory=lambda: MODELS)
     saves: bool = False
     loads: tuple[str, ...] = ()
-    carried: tuple[str, ...] = tuple({**MODELS, **DEEP, **DROPOUT, **MASKED, **DOCUMENTS})
+    carried: tuple[str, ...] = tuple({**MODELS, **SCHEMES, **DEEP, **DROPOUT, **MASKED, **DOCUMENTS})
     trains: bool = True
 
 
 TP2, TP4 = {"tensor_model_parallel_size": 2}, {"tensor_model_parallel_size": 4}
 PP2, PP4 = {"pipeline_model_parallel_size": 2}, {"pipeline_model_parallel_size": 4}
 CP2 = {"context_parallel_size": 2}
+WITH_SCHEMES = {**MODELS, **SCHEMES}
 SP = {"sequence_parallel": True}
 CHUNKS2 = {"num_virtual_stages_per_pipeline_rank": 2}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2}
@@ -107,10 +110,10 @@ SHARDED = {"use_distributed_optimizer": True}
 ONES = {"micro_batch_size": 1}
 
 LAYOUTS: dict[str, Layout] = {
-    "TP1": Layout(1, saves=True),
+    "TP1": Layout(1, models=WITH_SCHEMES, saves=True),
     "masked": Layout(1, models=MASKED),
-    "TP2": Layout(2, TP2, loads=("TP1",)),
-    "TP2+SP": Layout(2, {**TP2, **SP}),
+    "TP2": Layout(2, TP2, WITH_SCHEMES, loads=("TP1",)),
+    "TP2+SP": Layout(2, {**TP2, **SP}, WITH_SCHEMES),
     "DP2": Layout(2),
     "DP2+overlap": Layout(2, {"overlap_grad_reduce": True, **ONES}),
     "TP2xDP2": Layout(4, TP2, saves=True),
@@ -133,7 +136,7 @@ LAYOUTS: dict[str, Layout] = {
     "TP2xPP2+SP": Layout(4, {**TP2, **PP2, **SP, **FULL, **ONES}, DEEP),
     "TP2xPP2 interleaved": Layout(4, {**TP2, **PP2, **CHUNKS2, **SP, **ONES}, DEEP, loads=("one",)),
     "PP4": Layout(4, {**PP4, **ONES}, DEEP, loads=("one", "TP2xPP2"), carried=CARRIED),
-    "CP2": Layout(2, CP2, loads=("TP1",), carried=CARRIED),
+    "CP2": Layout(2, CP2, WITH_SCHEMES, loads=("TP1",), carried=CARRIED),
     "TP2xCP2+SP": Layout(4, {**TP2, **CP2, **SP}, MASKED),
     "CP4": Layout(4, {"context_parallel_size": 4}),
     "PP2xCP2": Layout(4, {**PP2, **CP2, **ONES, **FULL}, DEEP),

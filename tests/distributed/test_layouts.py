@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import tiny
-from layouts_worker import BATCH, DEEP, LAYOUTS, MODELS, SAVED_AT, STEPS
+from layouts_worker import BATCH, DEEP, LAYOUTS, MODELS, SAVED_AT, SCHEMES, STEPS, WITH_SCHEMES
 from megatron_sharedproj.formulas_memory import in_flight
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -46,7 +46,7 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return launch(tmp_path_factory.mktemp("layouts"), layouts)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", WITH_SCHEMES)
 def test_one_process_learns(losses: dict[str, Any], model: str) -> None:
     first, last = losses["TP1"][model][0][0], losses["TP1"][model][-1][0]
     assert len(losses["TP1"][model]) == STEPS
@@ -61,6 +61,12 @@ def assert_equal(found: list[list[float]], expected: list[list[float]]) -> None:
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("layout", QUICK)
 def test_layout_equals_one_process(losses: dict[str, Any], layout: str, model: str) -> None:
+    assert_equal(losses[layout][model], losses["TP1"][model])
+
+
+@pytest.mark.parametrize("model", SCHEMES)
+@pytest.mark.parametrize("layout", ["TP2", "TP2+SP", "CP2"])
+def test_rotary_schemes_equal_one_process(losses: dict[str, Any], layout: str, model: str) -> None:
     assert_equal(losses[layout][model], losses["TP1"][model])
 
 
@@ -97,7 +103,7 @@ def test_as_many_micro_batches_wait_as_memory_is_counted_for(
     assert [tuple(rank) for rank in losses[layout]["waiting"]] == expected
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", WITH_SCHEMES)
 def test_checkpoint_of_one_process_goes_on_under_tp2(losses: dict[str, Any], model: str) -> None:
     assert_equal(losses["TP2"][f"{model} from TP1"], losses["TP1"][model][SAVED_AT:])
 
