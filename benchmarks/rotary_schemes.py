@@ -3,7 +3,7 @@
 
 Every model has the same shape (RMSNorm, SwiGLU, no biases), steps, batches and seeds; only positions and
 projections differ. learned: learned absolute positions, as in the paper. The models are small and see 1.2 M
-tokens, half of the text: an order among schemes that lie within a deviation of each other says nothing.
+tokens, each once: an order among schemes that lie within a deviation of each other says nothing.
 
 Interrupted, the same command goes on. Needs a source tree (text, tokenizer and data are made by its tools).
 """
