@@ -31,6 +31,7 @@ EXAMPLE = """
 example:
   python benchmarks/generation.py --output generation.csv --plot generation.png
   python benchmarks/generation.py --contexts 1024 --batch-sizes 1 --budget-seconds 5
+  python benchmarks/generation.py --rotary --output rotary.csv     (K=V under every --kv-rotary)
 
   tokens/s   new tokens of all texts of the batch per second, from the median step
   cache/w    bytes of the cache that a step reads / bytes of the weights that it reads
@@ -43,6 +44,16 @@ CONTENDERS = {
     "transformers, SharedProjCache": "qk_eq_v",
     "transformers, StaticCache": "qk_eq_v",
     "transformers, DynamicCache": "qk_eq_v",
+}
+_HALF = {"rotary_percent": 0.5}
+# With --rotary, all of them ours: the fields of ModelConfig that differ, and the cache policy.
+ROTARY: dict[str, tuple[dict[str, Any], str]] = {
+    "ours qkv": ({"attention_variant": "qkv"}, "rotate_at_read"),
+    "rotate_values": ({"kv_rotary": "rotate_values"}, "rotate_at_read"),
+    "partial 0.5": ({"kv_rotary": "partial", **_HALF}, "rotate_at_read"),
+    "separate_rope_head 0.5": ({"kv_rotary": "separate_rope_head", **_HALF}, "rotate_at_read"),
+    "rotate_keys, at read": ({"kv_rotary": "rotate_keys"}, "rotate_at_read"),
+    "rotate_keys, both stored": ({"kv_rotary": "rotate_keys"}, "store_both"),
 }
 # The cache of each of transformers' forms.
 CACHES = {"transformers, SharedProjCache": "shared", "transformers, StaticCache": "static"}
@@ -82,6 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("--num-layers", 8), ("--hidden-size", 512), ("--num-attention-heads", 8), ("--vocab-size", 4096),
     ):  # fmt: skip
         model.add_argument(flag, type=int, default=default, help=f"default {default}")
+    model.add_argument("--rotary", action="store_true", help="rotary positions: compare the schemes of K=V")
     model.add_argument("--num-query-groups", type=int, default=0, help="default: as many as heads")
     how = parser.add_argument_group("measurement")
     how.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
@@ -145,10 +157,10 @@ def fill(tensor: Any) -> None:
 class Ours:
     """This package's engine, one decode step at a time."""
 
-    def __init__(self, config: Any, dtype: Any, cache: str):
+    def __init__(self, config: Any, dtype: Any, cache: str, policy: str = "rotate_at_read"):
         from megatron_sharedproj.model import build_model
 
-        self.config, self.paged = config, cache == "paged"
+        self.config, self.paged, self.policy = config, cache == "paged", policy
         self.model = build_model(config, parallel_output=False, dtype=dtype).eval()
 
     def start(self, case: Case) -> Callable[[], Any]:
@@ -160,6 +172,7 @@ class Ours:
         self.cache = KVCache.for_model(
             self.model,
             self.config,
+            policy=self.policy,
             max_sequences=case.batch,
             max_tokens=case.context + _SPARE,
             page_size=64 if self.paged else None,
@@ -251,19 +264,26 @@ class Benchmark:
         self.args, self.config, self.machine = args, config, get_machine("cpu")
         self.dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
         width = torch.tensor([], dtype=self.dtype).element_size()
-        configs = {name: config.replace(attention_variant=variant) for name, variant in CONTENDERS.items()}
-        self.per_token = {
-            name: formulas.kv_cache_bytes_per_token(own, width) for name, own in configs.items()
-        }
+        entries = {name: ({"attention_variant": variant}, "") for name, variant in CONTENDERS.items()}
+        if args.rotary:
+            entries = {
+                name: ({"position_embedding_type": "rope", **changes}, policy)
+                for name, (changes, policy) in ROTARY.items()
+            }
+        self.per_token: dict[str, int] = {}
+        self.contenders: dict[str, Any] = {}
+        for name, (changes, policy) in entries.items():
+            own = config.replace(**changes)
+            policies = {"policy": policy} if policy else {}
+            self.per_token[name] = formulas.kv_cache_bytes_per_token(own, width, **policies)
+            self.contenders[name] = (
+                HuggingFace(own, self.dtype, CACHES.get(name, "dynamic"))
+                if name.startswith("transformers")
+                else Ours(own, self.dtype, args.cache, **policies)
+            )
         # transformers' own caches store a tied tensor twice.
-        for name in ("transformers, StaticCache", HF_BASELINE):
+        for name in {"transformers, StaticCache", HF_BASELINE} & set(entries):
             self.per_token[name] = self.per_token[BASELINE]
-        self.contenders: dict[str, Any] = {
-            name: Ours(own, self.dtype, args.cache)
-            if name.startswith("ours")
-            else HuggingFace(own, self.dtype, CACHES.get(name, "dynamic"))
-            for name, own in configs.items()
-        }
         run = {**environment(self.machine, ROOT), "transformers": transformers.__version__}
         run.pop("cuda")
         self.run = {
@@ -280,7 +300,7 @@ class Benchmark:
     def needed(self, case: Case) -> float:
         """GiB of all caches of a case, with DynamicCache's concatenation of a layer."""
         tokens = case.batch * (case.context + _SPARE)
-        copy = 2 * self.per_token[HF_BASELINE] / self.config.num_layers
+        copy = 2 * self.per_token.get(HF_BASELINE, 0) / self.config.num_layers
         return tokens * (sum(self.per_token.values()) + copy) / 2**30
 
     def measure(self, case: Case) -> list[Row]:
@@ -304,8 +324,9 @@ class Benchmark:
                 "tokens_per_second": rate[name],
                 "cache_to_weights": read / weights,
                 "ratio_vs_qkv": rate[name] / rate[BASELINE],
-                "ratio_vs_transformers": rate[name] / rate[HF_BASELINE],
             }
+            if HF_BASELINE in rate:
+                figures["ratio_vs_transformers"] = rate[name] / rate[HF_BASELINE]
             rows.append(
                 {
                     "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -329,10 +350,11 @@ def print_rows(rows: Sequence[Row]) -> None:
     """A case's rows of the table on the screen."""
     for row in rows:
         spread = f"{float(row['ms_p10']):.1f}-{float(row['ms_p90']):.1f}"
+        against = f"{float(row['ratio_vs_transformers']):>6.2f}" if "ratio_vs_transformers" in row else ""
         print(
             f"{row['batch']:>5} {row['context']:>8} {row['contender']:<30} {float(row['ms_median']):>9.2f} "
             f"{spread:>15} {float(row['tokens_per_second']):>9.1f} {float(row['cache_to_weights']):>8.2f} "
-            f"{float(row['ratio_vs_qkv']):>6.2f} {float(row['ratio_vs_transformers']):>6.2f}",
+            f"{float(row['ratio_vs_qkv']):>6.2f} {against}",
             flush=True,
         )
 
@@ -344,7 +366,8 @@ def plot(rows: Sequence[Row], output: Path) -> None:
     figure = new_figure()
     batches = list(dict.fromkeys(row["batch"] for row in rows))
     figure.set_size_inches(5.0 * len(batches), 4.2)
-    styles = dict(zip(CONTENDERS, ("C0-o", "C3-s", "C9--v", "C2--^", "C1--x"), strict=True))
+    names = list(dict.fromkeys(row["contender"] for row in rows))
+    styles = dict(zip(names, ("C0-o", "C3-s", "C9--v", "C2--^", "C1--x", "C4-.+"), strict=False))
     for axes, batch in zip(figure.subplots(1, len(batches), squeeze=False)[0], batches, strict=True):
         for name, style in styles.items():
             own = [row for row in rows if row["batch"] == batch and row["contender"] == name]

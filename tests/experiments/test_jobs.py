@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -87,7 +88,14 @@ except KeyboardInterrupt as interrupt:
 def test_ctrl_c_reaches_the_child_and_is_waited_for(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", _INTERRUPTED, str(tmp_path), _CHILD]
-    driver = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    driver = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        # What a shell starts in the background ignores Ctrl-C, and so would this.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
     log = tmp_path / "jobs" / "a.log"
     while not (log.exists() and log.read_text()):
         assert driver.poll() is None
