@@ -56,6 +56,23 @@ def test_rows_and_plot(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_rotary_schemes(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    cases = ["--contexts", "128", "--batch-sizes", "2", "--budget-seconds", "0.2", "--threads", "1"]
+    done = benchmark(tmp_path, "--rotary", *cases, "--output", "g.csv", "--plot", "g.png")
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / "g.csv", newline="") as file:
+        read = {row["contender"]: int(row["cache_bytes_read"]) for row in csv.DictReader(file)}
+    whole = read.pop("ours qkv")
+    # A head has 16 elements, 4 heads; the separate one 8.
+    wanted = {"rotate_keys, both stored": 1.0, "separate_rope_head 0.5": 0.5 + 8 / 128}
+    assert {name: count / whole for name, count in read.items()} == {
+        name: wanted.get(name, 0.5) for name in read
+    }
+    assert len(read) == 5
+
+
+@pytest.mark.slow
 def test_ctrl_c_keeps_finished_cases(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     batches = [str(size) for size in range(1, 101)]
