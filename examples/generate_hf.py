@@ -32,10 +32,12 @@ def main() -> None:
         **inputs, max_new_tokens=args.max_new_tokens, do_sample=True, top_p=0.9, return_dict_in_generate=True
     )
     print(tokenizer.decode(out.sequences[0], skip_special_tokens=True))
-    cache = out.past_key_values
+    # transformers 5.24 names it cache, those before it past_key_values.
+    cache = out["cache"] if "cache" in out else out["past_key_values"]
     length = cache.get_seq_length()
-    per_token = sum(layer.keys.element_size() * layer.keys[0, :, 0].numel() for layer in cache.layers)
-    per_token *= 1 if model.config.tied_kv else 2
+    # Of a tied key/value both are one tensor.
+    tensors = {x.data_ptr(): x for layer in cache.layers for x in (layer.keys, layer.values)}
+    per_token = sum(x[0, :, 0].numel() * x.element_size() for x in tensors.values())
     print(
         f"{model.config.attention_variant}: cache of {length} tokens, {per_token} bytes each; "
         f"{cache.nbytes()} bytes allocated"

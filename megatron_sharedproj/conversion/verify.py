@@ -214,9 +214,9 @@ def _cache_difference(exported: Any, window: Tensor, steps: int = 8) -> float:
     start = window.shape[1] - steps
     out = exported(input_ids=window[:, :start], use_cache=True)
     pieces = [out.logits]
+    # transformers 5.24 names it cache, those before it past_key_values.
+    name = "cache" if "cache" in out else "past_key_values"
     for index in range(start, window.shape[1]):
-        out = exported(
-            input_ids=window[:, index : index + 1], past_key_values=out.past_key_values, use_cache=True
-        )
+        out = exported(input_ids=window[:, index : index + 1], **{name: out[name]}, use_cache=True)
         pieces.append(out.logits)
     return float((torch.cat(pieces, dim=1) - whole).abs().max())
