@@ -18,8 +18,7 @@ from torch import Tensor
 
 from megatron_sharedproj.layers.core_attention import SharedProjectionCoreAttention
 from megatron_sharedproj.layers.kv_cache import CacheContext, alias_tied_cache
-from megatron_sharedproj.layers.rotary import RopeHead, join_rope_head, rotate
-from megatron_sharedproj.ops.rotary import rotate as turn
+from megatron_sharedproj.layers.rotary import RopeHead, join_rope_head, rotate, turn
 from megatron_sharedproj.variants import KV_ROTARY, get_variant, resolve_kv_rotary
 
 
@@ -124,12 +123,13 @@ class SharedProjectionSelfAttention(SelfAttention):
             query, key, value, rope = self._rotated(query, key, value, rope, own)
             if self.scheme.rope_head:
                 assert rope is not None
-                stored, read = (tied, rope), lambda x, head: (join_rope_head(x, head), x)
+                stored = tied, rope
+                read = lambda x, head: (join_rope_head(x, head, out=context.scratch(x)), x)  # noqa: E731
             elif self.scheme.rotates_value:
                 stored = (key,)
             elif self.variant.tied_kv and len(context.cache.stored(self.layer_number - 1)) == 1:
-                cos, sin = context.rotation(angles)
-                stored, read = (tied,), lambda x: (turn(x, cos[: x.shape[0]], sin[: x.shape[0]]), x)
+                tables = context.rotation(angles)
+                stored, read = (tied,), lambda x: (turn(x, *tables, out=context.scratch(x)), x)
             else:
                 stored = key, value
         out = context.attend(

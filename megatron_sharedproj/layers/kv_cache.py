@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from megatron.core.inference.contexts.static_context import StaticInferenceConte
 from torch import Tensor
 
 from megatron_sharedproj.config import ModelConfig
+from megatron_sharedproj.layers.rotary import turning_tables
 from megatron_sharedproj.ops.attention import attention
 from megatron_sharedproj.ops.decode import decode
 from megatron_sharedproj.ops.paths import DECODE_QUERIES, Request, refusal
@@ -250,6 +252,7 @@ class CacheContext(StaticInferenceContext):
         self.slots: list[int] = []
         self.starts: list[int] = []
         self._angles: Tensor | None = None
+        self._scratch: dict[int, Tensor] = {}
 
     def prepare(self, slots: Sequence[int], new_tokens: int) -> None:
         """Make room for the next tokens of these sequences, and find where they go.
@@ -274,11 +277,31 @@ class CacheContext(StaticInferenceContext):
         self.decode_mode = all(self.starts)
 
     def rotation(self, angles: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine [t, r / 2] of Megatron's angles [t, 1, 1, r], computed once for all layers."""
+        """layers.rotary.turning_tables of Megatron's angles [t, 1, 1, r], made once for all layers."""
         if self._angles is not angles:
-            half = angles[:, 0, 0, : angles.shape[-1] // 2]
-            self._angles, self._rotation = angles, (half.cos(), half.sin())
+            self._angles, self._rotation = angles, turning_tables(angles)
         return self._rotation
+
+    def scratch(self, like: Tensor) -> Tensor:
+        """Memory in the shape of ``like`` [t, b, g, e], until the next call."""
+        # Fresh pages of the operating system would cost more than what is computed into them.
+        t, b, *rest = like.shape
+        return self._memory(0, like.numel(), like).view(b, t, *rest).transpose(0, 1)
+
+    def _memory(self, place: int, count: int, like: Tensor) -> Tensor:
+        held = self._scratch.get(place)
+        if held is None or held.numel() < count:
+            spare = 0 if held is None else int(_GROWTH * held.numel())
+            held = self._scratch[place] = like.new_empty(max(count, spare))
+        return held[:count]
+
+    def _in_order(self, kept: Tensor, table: Tensor, place: int) -> Tensor:
+        """The pages of a table [b, n pages] one after another, [b, t, g, e], in memory of the context."""
+        flat = table.flatten().long()
+        shape = (len(flat), *kept.shape[1:])
+        pages = self._memory(place, math.prod(shape), kept).view(shape)
+        torch.index_select(kept, 0, flat, out=pages)
+        return pages.view(table.shape[0], -1, *kept.shape[2:])
 
     def attend(
         self,
@@ -316,8 +339,9 @@ class CacheContext(StaticInferenceContext):
             if table is None:
                 storage = [kept[: len(self.slots)] for kept in storage]
             if read is not None:
-                whole = storage if table is None else [kept[table].flatten(1, 2) for kept in storage]
-                made = read(*(x[:, :longest].transpose(0, 1) for x in whole))
+                if table is not None:
+                    storage = [self._in_order(kept, table, i + 1) for i, kept in enumerate(storage)]
+                made = read(*(x[:, :longest].transpose(0, 1) for x in storage))
                 storage, table = [x.transpose(0, 1) for x in made], None
             out, _ = decode(
                 query.transpose(0, 1), *storage, scale=scale, seqlens_k=self._seqlens, block_table=table

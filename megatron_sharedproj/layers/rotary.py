@@ -16,6 +16,9 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
+# Elements of a block: 1 MiB in fp32 stays in a core's cache.
+_BLOCK = 1 << 18
+
 
 class RopeHead(torch.nn.Linear):
     """The projection of a separate rotary head: r elements that all groups share (arXiv 2505.21487).
@@ -72,7 +75,43 @@ def rotate(
     )
 
 
-def join_rope_head(tied: Tensor, rope: Tensor) -> Tensor:
-    """The key of ``separate_rope_head``: [..., g, e] and the shared head [..., 1, r] -> [..., g, e]."""
+def join_rope_head(tied: Tensor, rope: Tensor, out: Tensor | None = None) -> Tensor:
+    """The key of ``separate_rope_head``: [..., g, e] and the shared head [..., 1, r] -> [..., g, e].
+
+    Args:
+        out: memory of the result, without gradients.
+    """
     r = rope.shape[-1]
-    return torch.cat([rope.expand(*tied.shape[:-1], r), tied[..., r:]], dim=-1)
+    if out is None:
+        return torch.cat([rope.expand(*tied.shape[:-1], r), tied[..., r:]], dim=-1)
+    out[..., r:] = tied[..., r:]
+    out[..., :r] = rope
+    return out
+
+
+def turning_tables(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """Of angles [t, 1, 1, r] the cosine, and the sine with its sign, each of that shape: for :func:`turn`."""
+    cos, sin = angles.cos(), angles.sin()
+    half = angles.shape[-1] // 2
+    return cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
+    """Rotate cached keys of positions 0 to t - 1 into memory that is there, without gradients.
+
+    Block by block in fp32: on a CPU 14 times as fast as over the whole (33 MB of bf16, 2 threads).
+
+    Args:
+        x, out: [t, b, g, e]; cos, sin: of :func:`turning_tables`, at least t long.
+    """
+    r, per_token = cos.shape[-1], x[0].numel()
+    compute = torch.promote_types(x.dtype, torch.float32)
+    size = max(1, _BLOCK // per_token)
+    for start in range(0, x.shape[0], size):
+        part = slice(start, min(start + size, x.shape[0]))
+        block = x[part].to(compute, copy=True)
+        turned = block[..., :r]
+        other = turned.roll(r // 2, dims=-1)
+        turned.mul_(cos[part]).addcmul_(other, sin[part])
+        out[part] = block
+    return out
