@@ -8,6 +8,7 @@ Shape legend: g groups (key/value heads), e head size, d hidden size.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 MERGES = ("mean", "keep_key", "keep_value")
@@ -29,7 +30,6 @@ def merge_key_value(key: Tensor, value: Tensor, method: str = "mean") -> Tensor:
     if key.shape != value.shape:
         raise ValueError(f"key {tuple(key.shape)}, value {tuple(value.shape)}: shapes must be equal to merge")
     if method == "mean":
-        return (
-            ((key.float() + value.float()) / 2).to(key.dtype) if key.dtype.itemsize < 4 else (key + value) / 2
-        )
+        compute = torch.promote_types(key.dtype, torch.float32)
+        return ((key.to(compute) + value.to(compute)) / 2).to(key.dtype)
     return (key if method == "keep_key" else value).clone()
