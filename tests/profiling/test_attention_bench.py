@@ -5,7 +5,6 @@ Shape legend: b batch, s query length, t key length, h query heads, g groups (ke
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 
 from megatron_sharedproj.ops import extension
 from megatron_sharedproj.profiling import attention_bench as bench
+from megatron_sharedproj.profiling import timing
 from megatron_sharedproj.profiling.attention_cases import DTYPES, PRESETS, Case, Choices
 from megatron_sharedproj.profiling.attention_results import COLUMNS, commit, environment, row_of
 from megatron_sharedproj.profiling.roofline import Roofline
@@ -168,27 +168,42 @@ def test_times() -> None:
     assert Times.of([3.0]) == Times(3.0, 3.0, 3.0, 1)
 
 
-def test_operations_run_in_turn_within_their_shares() -> None:
+class Clock:
+    """Time that passes only in sleep: a busy machine changes no count."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.now = 0.0
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_operations_run_in_turn_within_their_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
+    clock = Clock(monkeypatch)
 
     def call(name: str, seconds: float) -> Operation:
-        return Operation(lambda: (order.append(name), time.sleep(seconds)))
+        return Operation(lambda: (order.append(name), clock.sleep(seconds)))
 
     machine = Machine()
     times = measure({"slow": call("slow", 0.02), "fast": call("fast", 0.0)}, machine, 0.2)
     measured = order[2 * machine.warm_up :]
     assert times["fast"].repeats == machine.most == measured.count("fast")
-    # A share of 0.1 s holds at most 5 calls of 0.02 s; the least number is 5.
-    assert times["slow"].repeats == measured.count("slow") <= machine.least
+    # A share of 0.1 s holds 5 calls of 0.02 s, which is the least number too.
+    assert times["slow"].repeats == measured.count("slow") == machine.least
     rounds = [set(measured[i : i + 2]) for i in range(0, 2 * times["slow"].repeats, 2)]
     assert all(r == {"slow", "fast"} for r in rounds)
-    assert times["slow"].median >= 0.02 > times["fast"].median
+    assert times["slow"].median == pytest.approx(0.02)
+    assert times["fast"].median == 0.0
 
 
-def test_the_budget_ends_a_measurement_and_many_calls_in_one_are_divided() -> None:
-    times = measure({"graph": Operation(lambda: time.sleep(0.02), count=4)}, Machine(), 1e-6)
-    assert times["graph"].repeats == 1
-    assert 0.005 <= times["graph"].median < 0.02
+def test_the_budget_ends_a_measurement_and_many_calls_in_one_are_divided(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock(monkeypatch)
+    times = measure({"graph": Operation(lambda: clock.sleep(0.02), count=4)}, Machine(), 1e-6)
+    assert times["graph"] == Times(0.005, 0.005, 0.005, 1)
 
 
 def test_decode_goes_through_more_memory_than_the_caches_hold() -> None:
