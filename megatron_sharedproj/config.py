@@ -234,6 +234,8 @@ class TrainConfig:
     lr_decay_iters: int = 0  # 0: train_iters
     weight_decay: float = 0.01
     weight_decay_on_all: bool = False
+    match_parameters_of: str = ""  # a variant: the MLP was widened to its number of parameters
+    width_before_match: int = 0  # of the MLP; derived, not a flag
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_eps: float = 1e-8

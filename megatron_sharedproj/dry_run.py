@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_sharedproj.arguments import run_config
 from megatron_sharedproj.config import RunConfig
+from megatron_sharedproj.matching import describe_match
 from megatron_sharedproj.profiling import run_plan
 from megatron_sharedproj.profiling.hardware import GIB, Gpu, find_gpu
 from megatron_sharedproj.profiling.tables import Column, Section, check_output, write_sections
@@ -69,7 +70,11 @@ def dry_run(args: argparse.Namespace, *, build: bool) -> None:
     if build:
         rows, counted = _built(config, world, rows)
         sections += counted
-    write_sections(rows, sections, output, run_plan.notes(rows))
+    notes = run_plan.notes(rows)
+    if config.train.match_parameters_of:
+        train = config.train
+        notes.insert(0, describe_match(config.model, train.match_parameters_of, train.width_before_match))
+    write_sections(rows, sections, output, notes)
 
 
 def _built(

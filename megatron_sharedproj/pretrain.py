@@ -22,6 +22,7 @@ from megatron_sharedproj.data.padded import real_token_share
 from megatron_sharedproj.data.tokenizers import build_tokenizer
 from megatron_sharedproj.device import Device, get_device
 from megatron_sharedproj.layout import describe_layout, recompute_note
+from megatron_sharedproj.matching import describe_match
 from megatron_sharedproj.ops import paths
 from megatron_sharedproj.quiet import quiet_libraries
 from megatron_sharedproj.validation import check_device, check_distillation, check_folders
@@ -204,6 +205,8 @@ def build_trainer(
         enabled=torch.distributed.get_rank() == world - 1,
     )
     log.message(f"attention variant: {config.model.describe_attention()}")
+    if train.match_parameters_of:
+        log.message(describe_match(config.model, train.match_parameters_of, train.width_before_match))
     paths.require_kernel(train.require_kernel)
     log.message(str(attention_path(config, device)))
     counts = formulas.parameters(config.model)

@@ -201,8 +201,18 @@ def test_our_flags_can_be_added_to_another_parser() -> None:
         "attention_variant": "K=V",
         "no_scaled_init": False,
         "weight_decay_on_all": False,
+        "match_parameters_of": "",
         "require_kernel": False,
     }
+
+
+def test_parameters_are_matched_before_step_0() -> None:
+    flags = "--attention-variant qk_eq_v --match-parameters-of qkv"
+    config = config_of(flags)
+    assert (config.model.ffn_hidden_size, config.train.width_before_match) == (288, 256)
+    assert config_of(flags + " --ffn-hidden-size 128").train.width_before_match == 128
+    with pytest.raises(ValueError, match="--match-parameters-of q_k: "):
+        config_of("--match-parameters-of q_k")
 
 
 def test_help_has_groups_and_examples() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from megatron_sharedproj.config import write_json
 from megatron_sharedproj.profiling.progress import ProgressBar
 
+ROOT = Path(__file__).resolve().parents[2]  # of the source tree: jobs run there
 _POLL_SECONDS = 0.5
 _LINES_SHOWN = 8
 _STOP_SECONDS = 120
@@ -26,7 +27,7 @@ class Job:
 
     Attributes:
         name: of its record and log, ``jobs/NAME.json`` and ``.log``, in the experiment's folder.
-        command: its words; the folder's finished jobs are known by them.
+        command: its words, run in ROOT; the folder's finished jobs are known by them.
         cost: any unit that is proportional to time.
         after: names of jobs that have to be done before.
         share: how much of it is done by now, from 0 to 1.
@@ -43,6 +44,11 @@ def torchrun(processes: int, *words: str) -> tuple[str, ...]:
     """The words of a torchrun launch of this interpreter on this machine."""
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
     return (sys.executable, *launch, *words)
+
+
+def script(path: str, *words: str) -> tuple[str, ...]:
+    """The words of a script of the source tree: tools/evaluate.py, say."""
+    return (sys.executable, path, *words)
 
 
 def steps_share(run: Path, steps: int) -> Callable[[], float]:
@@ -133,7 +139,12 @@ class _Child:
         with open(self.log, "w") as output:
             # In a session of its own: a terminal's Ctrl-C reaches it through us only, once.
             self.process = subprocess.Popen(
-                job.command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+                job.command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                cwd=ROOT,
+                start_new_session=True,
             )
 
     def finish(self) -> None:

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_sharedproj.config import write_text
-from megatron_sharedproj.experiments.jobs import Job, run_jobs, steps_share, torchrun
-from megatron_sharedproj.experiments.speeches import ROOT, data_jobs, train_data, validation_data
+from megatron_sharedproj.experiments.jobs import Job, run_jobs, script, steps_share, torchrun
+from megatron_sharedproj.experiments.speeches import data_jobs, train_data, validation_data
 from megatron_sharedproj.experiments.statistics import spread
 from megatron_sharedproj.profiling.tables import write_csv
 from megatron_sharedproj.reporting.plots import Run, load_run
@@ -103,8 +102,8 @@ class Comparison:
     ) -> list[Job]:
         """A training and its perplexity."""
         run, job = self.folder(seed, name), f"seed{seed}_{name}"
-        measure = (
-            sys.executable, str(ROOT / "tools" / "evaluate.py"), "perplexity", "--load", str(run),
+        measure = script(
+            "tools/evaluate.py", "perplexity", "--load", str(run),
             "--data-path", validation_data(self.output), "--max-tokens", str(self.settings.eval_tokens),
             "--output", str(run / "perplexity.json"),
         )  # fmt: skip
@@ -130,8 +129,8 @@ class Comparison:
         calibration = (
             "--calibration-data", train_data(self.output), "--calibration-tokens", str(s.calibration_tokens),
         )  # fmt: skip
-        return (
-            sys.executable, str(ROOT / "tools" / "retrofit.py"), "surgery",
+        return script(
+            "tools/retrofit.py", "surgery",
             "--load", str(self.folder(seed, TEACHER)), "--output", str(self.folder(seed, f"start_{merge}")),
             "--overwrite", "--merge", merge, *(calibration if merge == "least_squares" else ()),
             "--eval-data", validation_data(self.output), "--eval-tokens", str(s.eval_tokens),

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from megatron_sharedproj.experiments.jobs import Job
+from megatron_sharedproj.experiments.jobs import Job, script
 
-ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = 2048
 
 
-def data_jobs(folder: Path) -> list[Job]:
-    """The commands that make text, tokenizer and data sets below ``folder`` (a source tree is needed)."""
+def data_jobs(folder: Path, documents: str = "speeches") -> list[Job]:
+    """The commands that make text, tokenizer and data sets below ``folder`` (a source tree is needed).
 
-    def job(name: str, script: str, *words: str, after: tuple[str, ...] = ()) -> Job:
-        return Job(name, (sys.executable, str(ROOT / script), *words), cost=5.0, after=after)
+    Args:
+        documents: speeches, or paragraphs (short ones).
+    """
+
+    def job(name: str, path: str, *words: str, after: tuple[str, ...] = ()) -> Job:
+        return Job(name, script(path, *words), cost=5.0, after=after)
 
     text, tokenizer = str(folder / "text"), str(folder / "tokenizer")
+    choice = () if documents == "speeches" else ("--documents", documents)
     return [
-        job("text", "examples/sotu_corpus.py", "--output", text),
+        job("text", "examples/sotu_corpus.py", "--output", text, *choice),
         job(
             "tokenizer", "tools/train_tokenizer.py", "--input", text, "--vocab-size", str(VOCABULARY),
             "--output", tokenizer, after=("text",),
