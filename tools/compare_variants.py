@@ -26,6 +26,7 @@ from megatron_sharedproj.command_line import Parser, list_of, positive_int, prin
 from megatron_sharedproj.config import DATA_PROTOCOLS
 from megatron_sharedproj.experiments.comparison import Comparison, Model, parse_model
 from megatron_sharedproj.experiments.jobs import run_jobs
+from megatron_sharedproj.experiments.places import places_for_runs
 
 EXAMPLE = """
 examples:
@@ -65,7 +66,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="of the default text; paragraphs are shorter than a row, for the padded protocol",
     )
     parser.add_argument("--processes", type=positive_int, default=1, help="of each run (default 1)")
-    parser.add_argument("--at-once", type=positive_int, default=2, help="runs at a time (default 2)")
+    parser.add_argument(
+        "--at-once",
+        type=positive_int,
+        default=0,
+        help="runs at a time (default: as many as GPUs, or cores, hold)",
+    )
     parser.add_argument("--title", default="", help="of the report")
     data = parser.add_argument_group("other data than the speeches; all three")
     data.add_argument("--train-data-path", metavar="PREFIX", help="indexed data")
@@ -126,9 +132,9 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     args = build_parser().parse_args(words)
     try:
-        comparison = comparison_of(args)
+        comparison, places = comparison_of(args), places_for_runs(args.processes, args.at_once)
         comparison.write_manifest(["python", "tools/compare_variants.py", *map(shlex.quote, words)])
-        run_jobs(comparison.jobs(), args.folder, at_once=args.at_once)
+        run_jobs(comparison.jobs(), args.folder, places=places)
     except ValueError as error:
         print_error(error)
         return 2

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +67,12 @@ def steps_share(run: Path, steps: int) -> Callable[[], float]:
 
 
 def run_jobs(
-    jobs: Sequence[Job], folder: Path, *, at_once: int = 1, say: Callable[[str], None] = print
+    jobs: Sequence[Job],
+    folder: Path,
+    *,
+    at_once: int = 1,
+    places: Sequence[Mapping[str, str]] = (),
+    say: Callable[[str], None] = print,
 ) -> None:
     """Run what has not run yet, with a progress bar over all of it.
 
@@ -76,6 +81,7 @@ def run_jobs(
     Args:
         jobs: started in this order, those that wait for others (``after``) when these are done.
         at_once: how many run at a time.
+        places: instead, environment variables for each that runs at a time (see places_for_runs).
     Raises:
         ValueError: for a finished job that had another command, or one that failed (with its last lines).
         KeyboardInterrupt: saying how much is done.
@@ -88,6 +94,7 @@ def run_jobs(
         say(f"{len(done)} of {len(jobs)} jobs are done already")
     bar = ProgressBar(sum(job.cost for job in waiting))
     behind, running = 0.0, list[_Child]()
+    free = list(places or [{}] * at_once)
     try:
         while waiting or running:
             for child in running:
@@ -96,13 +103,14 @@ def run_jobs(
                     child.finish()
                     done.add(child.job.name)
                     behind += child.job.cost
+                    free.insert(0, child.place)
                     seconds = time.monotonic() - child.start
                     say(f"{child.job.name} ({len(done)} of {len(jobs)}): {seconds:.0f} s")
             running = [child for child in running if child.job.name not in done]
             ready = [job for job in waiting if done.issuperset(job.after)]
-            for job in ready[: at_once - len(running)]:
+            for job in ready[: len(free)]:
                 waiting.remove(job)
-                running.append(_Child(job, records))
+                running.append(_Child(job, records, free.pop(0)))
             now = sum(child.job.share() * child.job.cost for child in running)
             bar.show(behind + now, ", ".join(child.job.name for child in running))
             time.sleep(_POLL_SECONDS)
@@ -132,10 +140,10 @@ def _done_before(job: Job, folder: Path, records: Path) -> bool:
 class _Child:
     """A job under way."""
 
-    def __init__(self, job: Job, records: Path):
-        self.job, self.start = job, time.monotonic()
+    def __init__(self, job: Job, records: Path, place: Mapping[str, str]):
+        self.job, self.start, self.place = job, time.monotonic(), place
         self.log, self.record = records / f"{job.name}.log", records / f"{job.name}.json"
-        environment = {"OMP_NUM_THREADS": "1", **os.environ}
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, **place}
         with open(self.log, "w") as output:
             # In a session of its own: a terminal's Ctrl-C reaches it through us only, once.
             self.process = subprocess.Popen(

@@ -49,6 +49,16 @@ def test_several_at_once(tmp_path: Path) -> None:
     run_jobs(jobs, tmp_path, at_once=2, say=lambda text: None)
 
 
+def test_each_takes_a_place_of_its_own_and_gives_it_back(tmp_path: Path) -> None:
+    code = (
+        "import os, time; from pathlib import Path; time.sleep(.3); Path({0!r}).write_text(os.environ['GPU'])"
+    )
+    jobs = [Job(name, (sys.executable, "-c", code.format(str(tmp_path / name)))) for name in "abcd"]
+    run_jobs(jobs, tmp_path, places=[{"GPU": "0"}, {"GPU": "1"}], say=lambda text: None)
+    assert sorted((tmp_path / name).read_text() for name in "ab") == ["0", "1"]
+    assert {(tmp_path / name).read_text() for name in "cd"} <= {"0", "1"}
+
+
 def test_a_failure_shows_its_last_lines_and_what_is_done_stays(tmp_path: Path) -> None:
     jobs = [job(tmp_path, "a"), job(tmp_path, "b", code="raise SystemExit('disk is full')")]
     with pytest.raises(ValueError, match=r"^b: failed with exit code 1; .*b\.log ends with\ndisk is full"):
