@@ -1,0 +1,1 @@
+"""The report of compared variants: reading, statistics, tables, plots and pages."""
