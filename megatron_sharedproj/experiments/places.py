@@ -32,7 +32,8 @@ def places_for_runs(processes: int, at_once: int = 0) -> list[dict[str, str]]:
     most = gpus // processes
     if at_once > most:
         raise ValueError(
-            f"--at-once {at_once}: {gpus} GPUs hold {most} run(s) of {processes} process(es); give {most} at most"
+            f"--at-once {at_once}: {gpus} GPUs hold {most} run(s) of {processes} process(es); "
+            f"give {most} at most"
         )
     return [
         {"CUDA_VISIBLE_DEVICES": ",".join(names[i * processes : (i + 1) * processes])}
