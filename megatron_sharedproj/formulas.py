@@ -150,6 +150,20 @@ def groups_per_rank(config: ModelConfig, tensor_model_parallel_size: int = 1) ->
     return max(1, groups // tp)
 
 
+def projected_rows_per_rank(config: ModelConfig, tensor_model_parallel_size: int = 1) -> int:
+    """Rows of a layer's query/key/value projection on one tensor-parallel rank.
+
+    With fewer groups than ranks: of its own query heads, and a copy of its group's keys and values
+    (layers/projection.py).
+
+    Raises:
+        ValueError: as :func:`groups_per_rank`.
+    """
+    groups = groups_per_rank(config, tensor_model_parallel_size)
+    heads = config.num_attention_heads // tensor_model_parallel_size
+    return groups * config.variant.heads_per_group(heads, groups) * config.kv_channels
+
+
 def kv_cache_bytes_per_token(
     config: ModelConfig,
     bytes_per_element: int = 2,

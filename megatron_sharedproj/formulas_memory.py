@@ -17,7 +17,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_sharedproj.config import ModelConfig, ParallelConfig
-from megatron_sharedproj.formulas import projected_rows, qk_norm_parameters, rope_head_rows
+from megatron_sharedproj.formulas import (
+    projected_rows,
+    projected_rows_per_rank,
+    qk_norm_parameters,
+    rope_head_rows,
+)
 
 RECOMPUTE = ("none", "selective", "full")
 
@@ -116,8 +121,7 @@ class _Step:
         rope, selective = c.rope_size > 0, self.recompute == "selective"
         heads, groups = c.num_attention_heads // ranks, max(1, c.num_query_groups // ranks)
         attended, keys = heads * e, groups * e
-        # With fewer groups than ranks every rank gathers all rows (layers/attention.py).
-        rows = projected_rows(c) // (ranks if c.num_query_groups >= ranks else 1)
+        rows = projected_rows(c) if self.gathers_rows else projected_rows_per_rank(c, ranks)
         # Megatron rotates a tied query and key twice, layers/attention.py once.
         one = variant.tied_qk and (self._own_rotation or not rope)
         # Several query heads in each of several groups are not one strided view: reshape copies them.
@@ -148,7 +152,14 @@ class _Step:
             if c.normalization == "RMSNorm" and not self.fused:
                 elements += count * e
         tables = 2 * (2 + turns_value - one) * (self.seq_length // self.context) * c.rope_size * self.width
-        return self.tokens * (elements * self.width + 4 * fp32) + tables
+        # A copy of keys' and values' rows is a weight of its own, joined to the queries' for the product.
+        joined = 0 if c.num_query_groups >= ranks or self.gathers_rows else rows * c.hidden_size * self.width
+        return self.tokens * (elements * self.width + 4 * fp32) + tables + joined
+
+    @property
+    def gathers_rows(self) -> bool:
+        """Every rank gathers the whole projection's output: Transformer Engine, fewer groups than ranks."""
+        return self.config.num_query_groups < self.ranks and self.parallel.transformer_impl != "local"
 
     @property
     def _own_rotation(self) -> bool:
@@ -274,20 +285,21 @@ def parameters_per_rank(
     """Parameters that one rank holds, in elements.
 
     Column- and row-parallel weights, column biases and the vocabulary are divided by t; norms, position
-    embedding and row biases are whole on every rank (megatron.core.tensor_parallel.layers). With several
-    stages the last has a copy of a tied embedding (megatron.core.models.common.language_module).
+    embedding and row biases are whole on every rank (megatron.core.tensor_parallel.layers), and so are keys
+    and values of a group that several ranks share (not with Transformer Engine). With several stages the last
+    has a copy of a tied embedding (megatron.core.models.common.language_module).
 
     Raises:
-        ValueError: where the layers do not divide over the stages.
+        ValueError: where the layers do not divide over the stages, or heads or groups over the ranks.
     """
     check_stages(config, pipeline_parallel_size)
     d, f, ranks = config.hidden_size, config.ffn_hidden_size, tensor_parallel_size
     bias = int(config.add_bias_linear)
     up = (2 if config.activation == "swiglu" else 1) * f
-    rows, attended = projected_rows(config), config.num_attention_heads * config.kv_channels
+    rows, attended = projected_rows_per_rank(config, ranks), config.num_attention_heads * config.kv_channels
     norm = 2 if config.normalization == "LayerNorm" else 1
-    split = (rows + up) * (d + bias) + (attended + f) * d
-    whole = 2 * (bias + norm) * d + qk_norm_parameters(config) + rope_head_rows(config) * (d + bias)
+    split = up * (d + bias) + (attended + f) * d
+    whole = (rows + rope_head_rows(config)) * (d + bias) + 2 * (bias + norm) * d + qk_norm_parameters(config)
     table = config.padded_vocab_size * d // ranks
     count = config.num_layers // pipeline_parallel_size * (split // ranks + whole)
     first, last = pipeline_stage == 0, pipeline_stage == pipeline_parallel_size - 1
@@ -436,8 +448,13 @@ def _tensor_parallel_halves(step: _Step, micro_batches: int) -> int:
         per_batch += 3 * stream if step.last else 0
     else:
         per_batch = (step.layers * 8 + 2 * step.first + 2 * step.last) * stream
-    if c.num_query_groups < step.ranks:
+    bias = int(c.add_bias_linear)
+    if step.gathers_rows:
         per_batch += step.layers * 2 * step.tokens * projected_rows(c) * step.width
+    elif c.num_query_groups < step.ranks:
+        # The gradients of all groups' keys and values, summed in one message.
+        keys = c.num_query_groups * (len(c.variant.projections) - 1) * c.kv_channels
+        per_batch += step.layers * 2 * keys * (c.hidden_size + bias) * step.width
     per_batch += step.layers * 2 * step.tokens * rope_head_rows(c) * step.width
     if step.last:
         per_batch += 3 * 2 * step.tokens * 4  # the loss's largest logit, target's logit and sum, fp32
@@ -445,7 +462,7 @@ def _tensor_parallel_halves(step: _Step, micro_batches: int) -> int:
     whole = step.layers * qk_norm_parameters(c)
     if step.parallel.sequence_parallel:
         # Each rank saw a part of the sequence: so are those of norms, row biases and a rotary head.
-        norm, bias = 2 if c.normalization == "LayerNorm" else 1, int(c.add_bias_linear)
+        norm = 2 if c.normalization == "LayerNorm" else 1
         whole += step.layers * 2 * (norm + bias) * c.hidden_size
         whole += step.layers * rope_head_rows(c) * (c.hidden_size + bias)
         whole += norm * c.hidden_size if step.last else 0

@@ -307,6 +307,27 @@ def test_distributed_optimizer_sends_a_gather_instead_of_half_a_reduction() -> N
     assert sharded["parameter_gather"] == 2 * count * 3 // 4
 
 
+def test_copies_of_keys_and_values_send_less_than_gathered_rows() -> None:
+    """By hand: 16 + 1 heads of 64 rows, of which 8 + 1 on each of two ranks; Transformer Engine gathers."""
+    config = PRESETS["300m"].replace(attention_variant="qk_eq_v", num_query_groups=1)
+    ways = [
+        ParallelConfig(tensor_model_parallel_size=2, transformer_impl=name)
+        for name in ("local", "transformer_engine")
+    ]
+    copied, gathered = (
+        communication_bytes(config, way, seq_length=512, micro_batch_size=2)["tensor_parallel"]
+        for way in ways
+    )
+    # Halves of an output [1024, 17 * 64], twice; half of a gradient [64, 1024 + 1], twice; fp32, 20 layers.
+    assert gathered - copied == 20 * 4 * (1024 * 17 * 64 - 64 * 1025)
+    copied, gathered = (memory(config, way)["activations"] for way in ways)
+    assert gathered - copied == 20 * 4 * (1024 * 8 * 64 - 9 * 64 * 1024)
+    one, two = (parameters_per_rank(config, ranks) for ranks in (1, 2))
+    without_keys = config.replace(attention_variant="q_eq_k_eq_v", num_query_groups=16)
+    halves = [parameters_per_rank(without_keys, ranks) for ranks in (1, 2)]
+    assert one - halves[0] == two - halves[1] == 20 * 64 * 1025
+
+
 def test_pipeline_sends_to_neighbours() -> None:
     hop = 1024 * 1024 * 4
     table = 50304 * 1024 * 4

@@ -187,32 +187,31 @@ class SharedProjectionSelfAttention(SelfAttention):
             option = "attention_output_gate" if output_gate else "fused_single_qkv_rope"
             raise ValueError(f"{option}: not supported with --attention-variant {self.variant.name}")
         mixed, _ = self.linear_qkv(hidden_states)
-        heads, groups, ranks = (
-            self.config.num_attention_heads,
-            self.config.num_query_groups,
-            self.world_size,
-        )
-        split_groups = groups < ranks
-        if split_groups:
-            # Fewer groups than ranks (MQA): a rank's rows are a piece of a group. Gather all rows, keep
-            # this rank's group, then this rank's query heads (as Megatron does for three projections).
+        ranks, own = self.world_size, self.config.num_attention_heads // self.world_size
+        heads, groups = own, self.num_query_groups_per_partition
+        replicates = getattr(self.linear_qkv, "replicates_kv", False)
+        gathers = self.config.num_query_groups < ranks and not replicates
+        if gathers:
+            # Transformer Engine's linear with fewer groups than ranks (MQA): a rank's rows are a piece of a
+            # group. Gather all rows, keep this rank's group, then this rank's query heads (as Megatron does
+            # for three projections).
             mixed = all_gather_last_dim_from_tensor_parallel_region(mixed)
-            index = self.tp_group.rank() // (ranks // groups)
-            size = mixed.shape[-1] // groups
+            sharing = ranks // self.config.num_query_groups
+            index, place = divmod(self.tp_group.rank(), sharing)
+            size = mixed.shape[-1] // self.config.num_query_groups
             mixed = mixed[..., index * size : (index + 1) * size]
+            heads = sharing * own
 
         e = self.hidden_size_per_attention_head
         layout = self.variant.group_layout(heads, groups)
         s, b = mixed.shape[:2]
-        mixed = mixed.view(s, b, self.num_query_groups_per_partition, -1)
+        mixed = mixed.view(s, b, groups, -1)
         parts = torch.split(mixed, [count * e for _, count in layout], dim=-1)
         tensors = {name: part.reshape(s, b, -1, e) for (name, _), part in zip(layout, parts, strict=True)}
         query, key = tensors[self.variant.query], tensors[self.variant.key]
         value = tensors[self.variant.value]
-        if split_groups:
-            local = heads // ranks
-            start = (self.tp_group.rank() % (ranks // groups)) * local
-            query = query[:, :, start : start + local]
+        if gathers:
+            query = query[:, :, place * own : (place + 1) * own]
         # A norm belongs to a projected tensor: whatever roles it plays, it is normed once, and unrotated.
         normed = key if self.k_layernorm is None else self.k_layernorm(key)
         if query is key:

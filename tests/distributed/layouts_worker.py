@@ -77,7 +77,9 @@ DOCUMENTS = {
     ),
 }  # fmt: skip
 MASKED = {"masked": ("qk_eq_v", 2, {"eod_mask_loss": True})}
-TIED = {"deep qk_eq_v": DEEP["deep qk_eq_v"]}
+TIED = {name: DEEP[name] for name in ("deep qk_eq_v", "deep Q-MQA")}
+# Under four tensor-parallel ranks several have the same key and value.
+FEW_GROUPS = {name: MODELS[name] for name in ("MQA", "Q-GQA-2", "Q-MQA", "llama GQA-2")}
 # Those that go on under yet another layout.
 CARRIED = ("qk_eq_v", "Q-MQA", "deep qk_eq_v", "deep Q-MQA")
 
@@ -86,7 +88,8 @@ CARRIED = ("qk_eq_v", "Q-MQA", "deep qk_eq_v", "deep Q-MQA")
 class Layout:
     """Ranks, flags and models; ``loads`` names layouts whose checkpoints go on under this one.
 
-    ``carried`` limits those, and ``trains`` is False where nothing else is run.
+    ``carried`` limits those, and ``trains`` is False where nothing else is run. ``gathers``: with a linear
+    that cuts the projection's rows without regard to heads, as Transformer Engine's.
     """
 
     ranks: int
@@ -96,6 +99,7 @@ class Layout:
     loads: tuple[str, ...] = ()
     carried: tuple[str, ...] = tuple({**MODELS, **SCHEMES, **DEEP, **DROPOUT, **MASKED, **DOCUMENTS})
     trains: bool = True
+    gathers: bool = False
 
 
 TP2, TP4 = {"tensor_model_parallel_size": 2}, {"tensor_model_parallel_size": 4}
@@ -118,7 +122,13 @@ LAYOUTS: dict[str, Layout] = {
     "DP2+overlap": Layout(2, {"overlap_grad_reduce": True, **ONES}),
     "TP2xDP2": Layout(4, TP2, saves=True),
     "TP4": Layout(4, TP4, loads=("TP1",)),
-    "gathered": Layout(1, loads=("TP2xDP2",), carried=CARRIED, trains=False),
+    "TP2 gathering rows": Layout(2, TP2, {"Q-MQA": MODELS["Q-MQA"]}, saves=True, gathers=True),
+    "TP4 few groups": Layout(
+        4, TP4, FEW_GROUPS, saves=True, loads=("TP1", "TP2xDP2", "TP2 gathering rows"),
+        carried=tuple(FEW_GROUPS),
+    ),
+    "TP2 few groups": Layout(2, TP2, FEW_GROUPS, loads=("TP4 few groups",), trains=False),
+    "gathered": Layout(1, loads=("TP2xDP2", "TP4 few groups"), carried=(*CARRIED, "Q-GQA-2"), trains=False),
     # Pipelines
     "one": Layout(1, models=DEEP, saves=True),
     "PP2": Layout(2, {**PP2, **ONES}, DEEP, loads=("one",), carried=CARRIED),
@@ -189,10 +199,30 @@ def run(line: list[str], waiting: list[list[int]] | None = None) -> list[list[fl
             trainer.save()
     if trainer.config.train.eval_iters:
         history.append(list(trainer.evaluate().values()))
+    assert copies_differ(trainer) == []
     if waiting is not None:
         waiting += [[]] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(waiting, most)
     return history
+
+
+def copies_differ(trainer: Any) -> list[str]:
+    """Names of keys' and values' weights that are not bit for bit what another rank with their group has."""
+    from megatron.core import parallel_state
+
+    group, wrong = parallel_state.get_tensor_model_parallel_group(), []
+    for name, module in trainer.bare_model.named_modules():
+        if not getattr(module, "replicates_kv", False):
+            continue
+        for part in ("kv_weight", "kv_bias"):
+            mine = getattr(module, part)
+            if mine is not None:
+                all_of = [torch.empty_like(mine) for _ in range(group.size())]
+                torch.distributed.all_gather(all_of, mine.detach(), group=group)
+                sharing = group.size() // module.own.groups
+                first = all_of[group.rank() // sharing * sharing]
+                wrong += [] if torch.equal(first, mine) else [f"{name}.{part}"]
+    return wrong
 
 
 def initial_weights(line: list[str]) -> dict[str, float]:
@@ -220,6 +250,14 @@ def draw_streams() -> list[list[float]]:
     return [row.tolist() for row in rows]
 
 
+def gathering_linear() -> Any:
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+
+    from megatron_sharedproj.layers.projection import SharedProjectionMixin
+
+    return type("GatheringLinear", (SharedProjectionMixin, ColumnParallelLinear), {})
+
+
 def flags_of(folder: Path, layout: Layout, model: str) -> list[str]:
     variant, groups, shape = layout.models[model]
     names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
@@ -233,6 +271,9 @@ def main() -> None:
     folder, chosen = Path(sys.argv[1]), sys.argv[2:]
     rank, started = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     get_device().install()
+    from megatron_sharedproj.layers import specs
+
+    usual = specs.SharedProjectionLinear
     results: dict[str, dict[str, Any]] = {}
     for index, name in enumerate(chosen):
         layout = LAYOUTS[name]
@@ -247,6 +288,7 @@ def main() -> None:
         config = run_config(build_parser().parse_args(line), tiny.VOCAB, layout.ranks)
         distributed.initialize(get_device(), **distributed.group_sizes(config.parallel))
         results[name] = {"streams": draw_streams()}
+        specs.SharedProjectionLinear = gathering_linear() if layout.gathers else usual
         if layout.models is DEEP:
             results[name]["weights"] = {
                 model: initial_weights(flags_of(folder, layout, model))

@@ -13,7 +13,18 @@ from typing import Any
 import pytest
 
 import tiny
-from layouts_worker import BATCH, DEEP, LAYOUTS, MODELS, SAVED_AT, SCHEMES, STEPS, WITH_SCHEMES
+from layouts_worker import (
+    BATCH,
+    DEEP,
+    FEW_GROUPS,
+    LAYOUTS,
+    MODELS,
+    SAVED_AT,
+    SCHEMES,
+    STEPS,
+    TIED,
+    WITH_SCHEMES,
+)
 from megatron_sharedproj.formulas_memory import in_flight
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -22,6 +33,7 @@ TESTS = Path(__file__).resolve().parents[1]
 TOLERANCE = 5e-6
 QUICK = ["TP2", "TP2+SP", "DP2", "DP2+overlap", "TP2xDP2", "CP2"]
 PIPELINES = ["PP2", "PP2 interleaved", "TP2xPP2", "PP2xDP2", "PP2 interleaved xDP2"]
+FEW = ["TP2 gathering rows", "TP4 few groups", "TP2 few groups"]
 SHARDED = ["PP2 interleaved xDP2 sharded", "TP2xDP2 sharded", "one sharded"]
 # Layout -> those whose checkpoints went on under it.
 CARRIED_DEEP = {"PP2": ["one"], "TP2xPP2": ["PP2 interleaved"], "deep gathered": ["TP2xPP2"]}
@@ -41,7 +53,7 @@ def launch(folder: Path, layouts: list[str]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    layouts = ["TP1", *QUICK, "gathered", "one", *PIPELINES, "deep gathered", "masked", "TP2xCP2+SP"]
+    layouts = ["TP1", *QUICK, *FEW, "gathered", "one", *PIPELINES, "deep gathered", "masked", "TP2xCP2+SP"]
     layouts += ["documents", "PP2 documents", *SHARDED]
     return launch(tmp_path_factory.mktemp("layouts"), layouts)
 
@@ -118,6 +130,26 @@ def test_checkpoint_of_one_process_goes_on_under_cp2(losses: dict[str, Any], mod
     assert_equal(losses["CP2"][f"{model} from TP1"], losses["TP1"][model][SAVED_AT:])
 
 
+@pytest.mark.parametrize("model", FEW_GROUPS)
+def test_ranks_with_the_same_keys_and_values_equal_one_process(losses: dict[str, Any], model: str) -> None:
+    """With a checkpoint's way from one rank to four, from two to four, from four to two and to one."""
+    expected = losses["TP1"][model]
+    assert_equal(losses["TP4 few groups"][model], expected)
+    carried = {"TP4 few groups": ["TP1", "TP2xDP2"], "TP2 few groups": ["TP4 few groups"]}
+    if model in ("Q-MQA", "Q-GQA-2"):
+        carried["gathered"] = ["TP4 few groups"]
+    for layout, sources in carried.items():
+        for source in sources:
+            assert_equal(losses[layout][f"{model} from {source}"], expected[SAVED_AT:])
+
+
+def test_a_linear_that_gathers_its_rows_writes_the_same_checkpoints(losses: dict[str, Any]) -> None:
+    """Transformer Engine's, and all before keys and values were copied."""
+    assert_equal(losses["TP2 gathering rows"]["Q-MQA"], losses["TP1"]["Q-MQA"])
+    resumed = losses["TP4 few groups"]["Q-MQA from TP2 gathering rows"]
+    assert_equal(resumed, losses["TP1"]["Q-MQA"][SAVED_AT:])
+
+
 @pytest.mark.parametrize("model", ["qk_eq_v", "Q-MQA"])
 def test_checkpoint_of_four_processes_goes_on_in_one(losses: dict[str, Any], model: str) -> None:
     assert_equal(losses["gathered"][f"{model} from TP2xDP2"], losses["TP1"][model][SAVED_AT:])
@@ -130,13 +162,14 @@ def test_checkpoints_go_on_under_other_stages(losses: dict[str, Any], model: str
             assert_equal(losses[layout][f"{model} from {source}"], losses["one"][model][SAVED_AT:])
 
 
-def test_the_distributed_optimizer_goes_on_under_other_layouts(losses: dict[str, Any]) -> None:
-    expected = losses["one"]["deep qk_eq_v"]
+@pytest.mark.parametrize("model", TIED)
+def test_the_distributed_optimizer_goes_on_under_other_layouts(losses: dict[str, Any], model: str) -> None:
+    expected = losses["one"][model]
     for layout, source in zip(SHARDED, [None, *SHARDED], strict=False):
         if layout != "one sharded":
-            assert_equal(losses[layout]["deep qk_eq_v"], expected)
+            assert_equal(losses[layout][model], expected)
         if source:
-            assert_equal(losses[layout][f"deep qk_eq_v from {source}"], expected[SAVED_AT:])
+            assert_equal(losses[layout][f"{model} from {source}"], expected[SAVED_AT:])
 
 
 @pytest.mark.parametrize("model", ["deep qk_eq_v", "deep Q-MQA", "dropout"])

@@ -72,18 +72,30 @@ def load(
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            place, _, kind = name.rpartition(".")
+            if kind.startswith("kv_"):
+                continue  # of the weight before it
             # Sharded parameters are drawn whole and cut: the same model at any tensor-parallel size.
-            whole = list(parameter.shape)
+            whole, module = list(parameter.shape), model.get_submodule(place)
+            own = module.own if getattr(module, "replicates_kv", False) else None
             axis = getattr(parameter, "partition_dim", -1)
             split = getattr(parameter, "tensor_model_parallel", False) and axis >= 0
-            if split:
+            if own is not None:
+                whole[0] = own.total * module.head_size
+            elif split:
                 whole[axis] *= tensor_parallel
             noise = torch.randn(whole, generator=generator)
+            noise = 1.0 + 0.2 * noise if "layernorm.weight" in name else 0.3 * noise
+            if own is not None:
+                heads = noise.view(own.total, module.head_size, *whole[1:])
+                for part, target in ((own.queries, parameter), (own.keys, getattr(module, f"kv_{kind}"))):
+                    target.copy_(heads[part.start : part.stop].flatten(0, 1))
+                continue
             if split:
                 from megatron.core import parallel_state
 
                 noise = noise.chunk(tensor_parallel, axis)[parallel_state.get_tensor_model_parallel_rank()]
-            parameter.copy_(1.0 + 0.2 * noise if "layernorm.weight" in name else 0.3 * noise)
+            parameter.copy_(noise)
     tokenizer = build_tokenizer("NullTokenizer", vocab_size=VOCAB)
     return LoadedModel(model, RunConfig(model=config), tokenizer, Path("."), torch.device("cpu"), {})
 
