@@ -3,6 +3,7 @@
 
 perplexity: packed (real tokens only) and the paper's padded protocol, on a checkpoint.
 lm-eval: the paper's five tasks, or any other task of lm-eval, on a checkpoint or an exported directory.
+recall: whether a checkpoint finds in its context what belongs to a key; also as tasks for lm-eval.
 compare: results of several models side by side, as a table and a plot.
 """
 
@@ -25,7 +26,7 @@ if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 from megatron_sharedproj import distributed
-from megatron_sharedproj.command_line import Parser, run_distributed
+from megatron_sharedproj.command_line import Parser, list_of, positive_int, run_distributed
 from megatron_sharedproj.config import write_json
 
 EXAMPLE = """example:
@@ -36,6 +37,7 @@ EXAMPLE = """example:
   python tools/evaluate.py lm-eval --load runs/k_eq_v --include-path eval_tasks --num-fewshot 0,5 \\
       --output k_eq_v.json
   python tools/evaluate.py compare qkv.json k_eq_v.json --output compare.png
+  python tools/evaluate.py recall --load runs/k_eq_v --output runs/k_eq_v/recall.json
 """
 
 
@@ -61,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--output", type=Path, metavar="FILE", help="also write the figures as JSON")
     perplexity.set_defaults(run=run_perplexity)
     _add_lm_eval(commands)
+    _add_recall(commands)
     compare = commands.add_parser("compare", help="lm-eval results of several models side by side")
     compare.add_argument("results", nargs="+", type=Path, metavar="FILE", help="what lm-eval --output wrote")
     compare.add_argument("--output", type=Path, metavar="PNG", help="also draw the accuracies")
@@ -113,6 +116,73 @@ def _add_lm_eval(commands: argparse._SubParsersAction[Parser]) -> None:
     parser.set_defaults(run=run_lm_eval)
 
 
+def _add_recall(commands: argparse._SubParsersAction[Parser]) -> None:
+    from megatron_sharedproj.evaluation.recall import DEFAULT_KEYS, DEFAULT_PAIRS, RecallPlan
+    from megatron_sharedproj.inference.loading import add_loading_args
+
+    parser = commands.add_parser(
+        "recall",
+        help="multi-query associative recall in a model's own words",
+        description="Pairs of words, then some keys again: does the model find their values? Perplexity does "
+        "not show it.",
+        conflict_handler="resolve",
+    )
+    add_loading_args(parser)
+    parser.add_argument("--load", metavar="PATH", help="a --save folder, or one iter_NNNNNNN of it")
+    group = parser.add_argument_group("prompts")
+    group.add_argument(
+        "--pairs",
+        type=list_of(positive_int),
+        default=(),
+        metavar="N,N",
+        help=f"loads: pairs in a prompt (default: those of {','.join(map(str, DEFAULT_PAIRS))} that fit)",
+    )
+    group.add_argument(
+        "--keys",
+        type=list_of(positive_int),
+        default=(),
+        metavar="N,N",
+        help="distinct keys, and as many values, that prompts are drawn from (default: those of "
+        f"{','.join(map(str, DEFAULT_KEYS))} that the vocabulary has)",
+    )
+    default = RecallPlan()
+    group.add_argument(
+        "--sequences",
+        type=positive_int,
+        default=default.sequences,
+        metavar="N",
+        help=f"prompts for each load and number of keys (default {default.sequences})",
+    )
+    group.add_argument(
+        "--queries",
+        type=positive_int,
+        default=default.queries,
+        metavar="N",
+        help=f"keys that a prompt asks for (default {default.queries})",
+    )
+    group.add_argument(
+        "--pattern", default=default.pattern, help=f"how a pair is written (default {default.pattern!r})"
+    )
+    group.add_argument(
+        "--seq-length",
+        type=int,
+        default=0,
+        help="tokens that a prompt may have (default: the run's; without a run 1024)",
+    )
+    group.add_argument("--seed", type=int, default=default.seed, help=f"default {default.seed}")
+    group.add_argument("--micro-batch-size", type=int, default=32, help="rows per forward pass (default 32)")
+    group = parser.add_argument_group("output")
+    group.add_argument("--output", type=Path, metavar="FILE", help="also write the figures as JSON")
+    group.add_argument(
+        "--write-task",
+        type=Path,
+        metavar="DIR",
+        help="write the prompts as tasks for lm-eval (group recall; --include-path DIR); without --load, "
+        "with --tokenizer-model, nothing else is done",
+    )
+    parser.set_defaults(run=run_recall)
+
+
 def run_perplexity(args: argparse.Namespace) -> None:
     if args.output and not args.output.parent.is_dir():
         raise ValueError(f"--output {args.output}: {args.output.parent} is not a folder")
@@ -153,6 +223,54 @@ def run_perplexity(args: argparse.Namespace) -> None:
     )
     if args.output:
         write_json(args.output, {"checkpoint": str(loaded.folder), "data": args.data_path, **results})
+
+
+def run_recall(args: argparse.Namespace) -> None:
+    from megatron_sharedproj.evaluation.recall import RecallPlan, all_prompts, evaluate_recall
+    from megatron_sharedproj.evaluation.recall_task import check_folder, write_task
+
+    plan = RecallPlan(args.pairs, args.keys, args.sequences, args.queries, args.pattern, args.seed)
+    plan.check()
+    if args.output and not args.output.parent.is_dir():
+        raise ValueError(f"--output {args.output}: {args.output.parent} is not a folder")
+    if args.write_task:
+        check_folder(args.write_task)
+    if args.load is None:
+        if args.write_task is None or args.output:
+            raise ValueError("--load: names the model; only --write-task does without, and has no --output")
+        from megatron_sharedproj.data.tokenizers import build_tokenizer
+
+        kind = args.tokenizer_type or ("GPT2BPETokenizer" if args.vocab_file else "HuggingFaceTokenizer")
+        tokenizer = build_tokenizer(kind, args.tokenizer_model, args.vocab_file, args.merge_file)
+        names = write_task(args.write_task, all_prompts(tokenizer, plan, args.seq_length or 1024))
+        print(f"{args.write_task}: {', '.join(names)}")
+        return
+    from megatron_sharedproj.inference.loading import load_model
+    from megatron_sharedproj.profiling.tables import Column, write_rows
+
+    loaded = load_model(args, parallel_output=False)
+    result = evaluate_recall(loaded, plan, seq_length=args.seq_length, micro_batch_size=args.micro_batch_size)
+    if not distributed.is_rank_0():
+        return
+    variant = loaded.config.model.attention_variant
+    print(f"{loaded.folder}: {variant}, {plan.pattern!r}, {result['words']} words of one token")
+    columns = [
+        Column("keys", "keys"),
+        Column("pairs", "pairs"),
+        Column("queries", "queries", ","),
+        Column("accuracy", "among the values", ".3f"),
+        Column("stderr", "stderr", ".3f"),
+        Column("chance", "chance", ".3f"),
+        Column("argmax_accuracy", "among all tokens", ".3f"),
+        Column("margin", "nats over the others", "+.2f"),
+        Column("margin_stderr", "stderr", ".2f"),
+    ]
+    write_rows(result["cells"], columns, argparse.Namespace(format="table", output=None))
+    if args.output:
+        write_json(args.output, {"checkpoint": str(loaded.folder), "variant": variant, **result})
+    if args.write_task:
+        prompts = all_prompts(loaded.tokenizer, plan, result["seq_length"])
+        print(f"{args.write_task}: {', '.join(write_task(args.write_task, prompts))}")
 
 
 def run_lm_eval(args: argparse.Namespace) -> None:
