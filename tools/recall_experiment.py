@@ -5,7 +5,7 @@ Does a tied key and value (K=V) lose recall where there are several heads, as pu
 0.9995 for Q, K, V at 4 heads)? Every cell trains a 2-layer causal model from scratch on lists of pairs and
 queries, with each learning rate in turn until one solves it: late is not taken for never.
 
-Without flags a reduced grid runs, about 20 minutes on one core; --full is a larger one, for many cores. Every
+Without flags a reduced grid runs, about 5 minutes on one core; --full is a larger one, for many cores. Every
 result is kept as it comes: interrupted, the same command goes on; another one into the same folder adds to
 it. A table holds the cells of its own command.
 """

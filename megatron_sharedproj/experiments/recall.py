@@ -53,7 +53,7 @@ class RecallCell:
     keys: int = 16
     queries: int = 4
     length: int = 16
-    steps: int = 1500
+    steps: int = 6000
     lrs: Sequence[float] = (3e-3, 1e-3)
     batch: int = 32
     seed: int = 1

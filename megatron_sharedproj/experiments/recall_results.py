@@ -144,7 +144,7 @@ def columns_of(rows: Sequence[Row]) -> list[Column]:
         Column("chance", "chance", ".3f"),
         Column("solved", f"solved, of {seeds}"),
         Column("solved_at", "at step (median)", ",.0f"),
-        Column("first_lr_by_seed", "with the first rate alone", lambda values: spread(values, 3)),
+        Column("first_lr_by_seed", "first rate alone, validation", lambda values: spread(values, 3)),
     ]
 
 

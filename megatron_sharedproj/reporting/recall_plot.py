@@ -91,16 +91,20 @@ def _accuracies(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _steps(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    highest = 1
     for form, mine, places in _lines(rows):
         for place, row in zip(places, mine, strict=True):
             solved = [step for step in row["solved_at_by_seed"] if step is not None]
             axes.plot([place] * len(solved), solved, "o", color=_color(form), markersize=4)
+            highest = max(highest, *solved, 0)
             if len(solved) < len(row["seeds"]):
+                highest = max(highest, row["most_steps"])
                 axes.plot(place, row["most_steps"], "^", color=_color(form), markerfacecolor="none")
         found = [(place, row["solved_at"]) for place, row in zip(places, mine, strict=True) if row["solved"]]
-        axes.plot(*zip(*found, strict=True), "-", color=_color(form), linewidth=1.2) if found else None
+        if found:
+            axes.plot(*zip(*found, strict=True), "-", color=_color(form), linewidth=1.2)
     _heads_axis(axes, rows)
-    axes.set_ylim(0, 1.08 * max(row["most_steps"] for row in rows))
+    axes.set_ylim(0, 1.08 * highest)
     axes.set_ylabel("steps to solve it, at the rate that did")
 
 
@@ -131,7 +135,7 @@ def _legend(figure: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     marks = [mark(PAPER_NAMES[form], "o", _color(form)) for form in CAUSAL_FORMS if form in present]
     marks.append(mark("seeds; left: mean, standard deviation; right: median", "o", "0.4", linestyle="-"))
     lrs = rows[0]["lrs"]
-    if len(lrs) > 1:
+    if len(lrs) > 1 and any(min(row["first_lr_by_seed"]) < SOLVED for row in rows):
         marks.append(mark(f"a seed that failed at rate {lrs[0]:g}, where it ended then", "x", "0.4"))
     if any(row["solved"] < len(row["seeds"]) for row in rows):
         marks.append(mark("a seed or more that solved it at no rate", "^", "0.4", markerfacecolor="none"))
