@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import threading
@@ -113,6 +114,8 @@ def run_sweep(
             now = {key: value for key, value in next(iter(running.values())).items() if key in shown}
             bar.show(behind, f"{cell_name(now)} ({done} of {len(cells)} done)")
             ended = wait(running, _POLL_SECONDS, FIRST_COMPLETED).done
+            if not ended and _worker_ended(pool):
+                raise BrokenProcessPool
             # What succeeded is kept before a failure beside it ends the sweep.
             for future in sorted(ended, key=lambda future: future.exception() is not None):
                 cell = running[future]
@@ -139,6 +142,12 @@ def run_sweep(
     pool.shutdown()
     bar.clear()
     return [found[_key(cell)] for cell in cells]
+
+
+def _worker_ended(pool: ProcessPoolExecutor) -> bool:
+    """Whether a worker was killed. CPython's pool misses one that it started while it was waiting already."""
+    sentinels = [process.sentinel for process in list((pool._processes or {}).values())]
+    return bool(multiprocessing.connection.wait(sentinels, timeout=0))
 
 
 def _start_worker() -> None:

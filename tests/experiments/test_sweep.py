@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -93,6 +95,28 @@ def test_a_killed_worker_names_all_that_ran(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"n 1, .*; n 2, kill True: a process was killed .*--at-once"):
         run_sweep(cells, run_one, tmp_path, at_once=2, say=no_output)
     assert read_results(tmp_path) == []
+
+
+def test_a_worker_that_the_pool_does_not_watch_yet_is_missed_by_no_sweep() -> None:
+    """As ProcessPoolExecutor keeps them: one that waits, then one that was killed."""
+    from megatron_sharedproj.experiments.sweep import _worker_ended
+
+    waiting, killed = (
+        multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,)) for _ in "ab"
+    )
+    pool = types.SimpleNamespace(_processes={1: waiting, 2: killed})
+    try:
+        waiting.start(), killed.start()
+        assert not _worker_ended(pool)
+        killed.kill()
+        killed.join()
+        assert _worker_ended(pool)
+        pool._processes = None  # what a broken pool leaves
+        assert not _worker_ended(pool)
+    finally:
+        for process in (waiting, killed):
+            process.kill()
+            process.join()
 
 
 def test_several_at_once(tmp_path: Path) -> None:
