@@ -62,6 +62,23 @@ def print_error(message: object) -> None:
         print(f"error: {message}", file=sys.stderr)
 
 
+def run_experiment(
+    parser: argparse.ArgumentParser, run: Callable[[Any], None], argv: Sequence[str] | None
+) -> int:
+    """``main`` of a long measurement in one process: exit code 0, 2 for a mistake or a failed part, 130 after
+    Ctrl-C, with what the interrupt says is done."""
+    args = parser.parse_args(argv)
+    try:
+        run(args)
+    except (ValueError, OSError) as error:
+        print_error(error)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print_error(f"interrupted; {interrupt}")
+        return 130
+    return 0
+
+
 def run_distributed(
     parser: argparse.ArgumentParser, run: Callable[[Any], None], argv: list[str] | None
 ) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -87,4 +88,17 @@ def losses(line: list[str]) -> list[float]:
     run.hooks.append(lambda t: found.append(t.last_loss))
     assert run.train() == 0
     run.log.close()
+    return found
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def history(trainer: Any) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each step of a training, run to its end."""
+    found: list[tuple[float, float]] = []
+    trainer.hooks.append(lambda t: found.append((t.last_loss, t.last_grad_norm)))
+    assert trainer.train() == 0
     return found

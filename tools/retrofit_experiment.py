@@ -23,7 +23,7 @@ try:
 except ModuleNotFoundError:  # a bare clone
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_sharedproj.command_line import Parser, list_of, positive_float, positive_int, print_error
+from megatron_sharedproj.command_line import Parser, list_of, positive_float, positive_int, run_experiment
 
 EXAMPLE = """examples:
   python tools/retrofit_experiment.py --output retrofit
@@ -80,16 +80,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0, 2 for a mistake in the flags or a failed stage (one line on stderr), 130 for Ctrl-C."""
-    args = build_parser().parse_args(argv)
-    try:
-        run(args)
-    except (ValueError, OSError) as error:
-        print_error(error)
-        return 2
-    except KeyboardInterrupt as interrupt:
-        print_error(f"interrupted; {interrupt}")
-        return 130
-    return 0
+    return run_experiment(build_parser(), run, argv)
 
 
 if __name__ == "__main__":

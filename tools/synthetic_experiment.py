@@ -23,7 +23,7 @@ try:
 except ModuleNotFoundError:  # a bare clone
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_sharedproj.command_line import Parser, list_of, positive_float, positive_int, print_error
+from megatron_sharedproj.command_line import Parser, list_of, positive_float, positive_int, run_experiment
 from megatron_sharedproj.duration import format_duration
 from megatron_sharedproj.profiling.tables import add_output_arguments, check_output, write_sections
 
@@ -113,16 +113,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0, 2 for a mistake or a failed cell (one line on stderr), 130 after Ctrl-C."""
-    args = build_parser().parse_args(argv)
-    try:
-        run(args)
-    except (ValueError, OSError) as error:
-        print_error(error)
-        return 2
-    except KeyboardInterrupt as interrupt:
-        print_error(f"interrupted; {interrupt}")
-        return 130
-    return 0
+    return run_experiment(build_parser(), run, argv)
 
 
 if __name__ == "__main__":
