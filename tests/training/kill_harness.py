@@ -1,7 +1,8 @@
 """Kills a training run with SIGKILL at random moments and starts it again, until it is done.
 
-The runs are forked from a process that has imported the trainer and done nothing else: a start takes half a
-second, so that many kills fit into a test. Each is a process of its own, with its own process group.
+The ranks are forked from a process that has imported the trainer and done nothing else: a start takes half a
+second, so that many kills fit into a test. With several ranks, half of the kills take all of them, as a lost
+node does, and half take one; the others are then ended as by torchrun: SIGTERM, after a grace SIGKILL.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,12 @@ from megatron_sharedproj.checkpointing.selection import find_damage
 from megatron_sharedproj.quiet import quiet_libraries
 
 STEPS, SAVE_INTERVAL = 40, 4
+LONGEST = 0.9
+"""Seconds that the first start may live; a start of several ranks takes longer to get to a step."""
+GRACE = 30.0
+"""Seconds that the ranks left over have to end, as under torchrun."""
+ENDS = {0, 5, 128 + signal.SIGTERM, -signal.SIGTERM}
+"""Their exit codes: done, a lost rank, stopped by a signal, stopped before the run listens to signals."""
 
 
 def flags(prefix: Path, folder: Path, **changes: Any) -> list[str]:
@@ -37,19 +46,24 @@ def flags(prefix: Path, folder: Path, **changes: Any) -> list[str]:
     return tiny.flags(prefix, **{"variant": "qk_eq_v", **options})
 
 
-def _train(line: list[str], output: Path) -> None:
+def _train(line: list[str], output: Path, rank: int, ranks: int, port: int) -> None:
     with open(output, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
+    if ranks > 1:
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )  # fmt: skip
     from megatron_sharedproj.pretrain import main
 
     os._exit(main(line))
 
 
-def start(line: list[str], output: Path) -> Any:
-    """The trainer in a forked process."""
+def start(line: list[str], output: Path, ranks: int = 1) -> list[Any]:
+    """The trainer's ranks, each in a forked process."""
     import torch
 
     quiet_libraries()
@@ -58,9 +72,36 @@ def start(line: list[str], output: Path) -> Any:
 
     torch.set_num_threads(1)
     get_device().install()
-    process = multiprocessing.get_context("fork").Process(target=_train, args=(line, output))
-    process.start()
-    return process
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork").Process
+    processes = [fork(target=_train, args=(line, output, rank, ranks, port)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def wait(processes: list[Any], seconds: float | None = None) -> bool:
+    """Whether all processes have ended within a time."""
+    end = None if seconds is None else time.monotonic() + seconds
+    for process in processes:
+        process.join(None if end is None else max(0.0, end - time.monotonic()))
+    return all(process.exitcode is not None for process in processes)
+
+
+def kill(processes: list[Any], victim: int | None) -> list[int]:
+    """SIGKILL to one rank, or to all (None); none is left when this returns. Returns their exit codes."""
+    for process in processes if victim is None else [processes[victim]]:
+        os.kill(process.pid, signal.SIGKILL)
+    for process in processes:
+        if process.is_alive():
+            process.terminate()
+    if not wait(processes, GRACE):
+        for process in processes:
+            process.kill()
+        wait(processes)
+    return [process.exitcode for process in processes]
 
 
 @dataclass
@@ -75,7 +116,9 @@ class Campaign:
     lost: list[int]
 
 
-def run_and_kill(line: list[str], folder: Path, *, seed: int, longest: float, allowed: int) -> Campaign:
+def run_and_kill(
+    line: list[str], folder: Path, *, seed: int, longest: float, allowed: int, ranks: int = 1
+) -> Campaign:
     """Start, kill after a random time, start again, until the run ends by itself.
 
     Args:
@@ -86,13 +129,17 @@ def run_and_kill(line: list[str], folder: Path, *, seed: int, longest: float, al
     output = folder.with_suffix(".output")
     latest = -1
     while True:
-        process = start(line, output)
-        process.join(draw.uniform(0.05, longest))
-        if process.exitcode is not None:
-            assert process.exitcode == 0, output.read_text()[-3000:]
+        processes = start(line, output, ranks)
+        if wait(processes, draw.uniform(0.05, longest)):
+            codes = [process.exitcode for process in processes]
+            assert codes == [0] * ranks, (codes, output.read_text()[-3000:])
             return campaign
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
+        codes = [process.exitcode for process in processes]
+        assert set(codes) <= {None, 0}, (codes, output.read_text()[-3000:])
+        victim = None if ranks == 1 or draw.random() < 0.5 else draw.randrange(ranks)
+        codes = kill(processes, victim)
+        if victim is not None:
+            assert set(codes[:victim] + codes[victim + 1 :]) <= ENDS, (codes, output.read_text()[-3000:])
         campaign.kills += 1
         longest *= 1.02
         found = files.latest_iteration(folder)
@@ -161,7 +208,7 @@ def check_equal(folder: Path, reference: Path) -> None:
         assert value.tobytes() == expected[name].tobytes(), name
 
 
-def campaign_until(kills: int, folder: Path, **changes: Any) -> tuple[int, int, int]:
+def campaign_until(kills: int, folder: Path, *, ranks: int = 1, **changes: Any) -> tuple[int, int, int]:
     """Killed runs, one after another, until there were so many kills; each equal to one left alone.
 
     Returns:
@@ -169,16 +216,19 @@ def campaign_until(kills: int, folder: Path, **changes: Any) -> tuple[int, int, 
     """
     prefix = tiny.write_data(folder)
     alone = folder / "alone"
-    process = start(flags(prefix, alone, **changes), folder / "alone.output")
-    process.join()
-    assert process.exitcode == 0, (folder / "alone.output").read_text()[-3000:]
+    processes = start(flags(prefix, alone, **changes), folder / "alone.output", ranks)
+    wait(processes)
+    codes = [process.exitcode for process in processes]
+    assert codes == [0] * ranks, (codes, (folder / "alone.output").read_text()[-3000:])
     assert len([key for key in history(alone) if key[1]]) == STEPS
     # A save that is under way when the run is killed is of the interval before.
     allowed = SAVE_INTERVAL * (2 if changes.get("async_save") else 1)
     done, runs, lost = 0, 0, 0
     while done < kills:
         run = folder / f"killed{runs}"
-        campaign = run_and_kill(flags(prefix, run, **changes), run, seed=runs, longest=0.9, allowed=allowed)
+        longest = LONGEST * (1 + (ranks > 1))
+        line = flags(prefix, run, **changes)
+        campaign = run_and_kill(line, run, seed=runs, longest=longest, allowed=allowed, ranks=ranks)
         check_equal(run, alone)
         done, runs, lost = done + campaign.kills, runs + 1, max([lost, *campaign.lost])
         print(f"{done} kills in {runs} runs, at most {lost} steps lost", file=sys.stderr, flush=True)
