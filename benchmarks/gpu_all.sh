@@ -48,7 +48,7 @@ has_engine() {
 test_stage() {
   local files=(tests/ops/test_gpu_kernels.py)
   if has_engine "the training tests are"; then
-    files+=(tests/training/test_low_precision.py)
+    files+=(tests/training/test_low_precision.py tests/distributed/test_gpu_layouts.py)
   fi
   timeout "$seconds" "$python" -m pytest -m gpu -p no:cacheprovider "${files[@]}"
 }

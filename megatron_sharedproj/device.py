@@ -45,8 +45,15 @@ class Device:
     def install(self) -> None:
         """Make Megatron-Core run on this device; idempotent, before the first use of it."""
 
-    def setup(self, local_rank: int) -> torch.device:
-        """Select this process's device."""
+    def setup(self, local_rank: int, *, shared: bool = False) -> torch.device:
+        """Select this process's device.
+
+        Args:
+            shared: several processes may have the same one; gloo can do that, NCCL cannot.
+
+        Raises:
+            ValueError: if there are more processes than devices.
+        """
         return torch.device("cpu")
 
     def current(self) -> torch.device:
@@ -137,14 +144,14 @@ class CudaDevice(Device):
     def capability(self) -> tuple[int, int]:  # type: ignore[override]
         return torch.cuda.get_device_capability()
 
-    def setup(self, local_rank: int) -> torch.device:
+    def setup(self, local_rank: int, *, shared: bool = False) -> torch.device:
         count = torch.cuda.device_count()
-        if local_rank >= count:
+        if local_rank >= count and not shared:
             raise ValueError(
                 f"--nproc-per-node: local rank {local_rank} has no GPU, this machine has {count}; start at "
-                "most one process per GPU"
+                "most one process per GPU, or let them share with --distributed-backend gloo"
             )
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(local_rank % count)
         return self.current()
 
     def current(self) -> torch.device:

@@ -51,7 +51,7 @@ def initialize(
     device.install()
     from megatron.core import parallel_state
 
-    local = device.setup(int(os.environ.get("LOCAL_RANK", "0")))
+    local = device.setup(int(os.environ.get("LOCAL_RANK", "0")), shared=backend == "gloo")
     if not torch.distributed.is_initialized():
         if "RANK" not in os.environ:
             # A single process started without torchrun: a group of one on a free port.

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_sharedproj.cpu_linear import fp32_library
-from megatron_sharedproj.device import CpuDevice, get_device
+from megatron_sharedproj.device import CpuDevice, CudaDevice, get_device
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="describes machines without a GPU")
 
@@ -39,6 +39,19 @@ def test_without_a_gpu_it_is_the_cpu() -> None:
     assert not device.trains_in_fp16
     assert "cpu" in device.describe()
     assert device.products() == f"fp32 matrix products: {fp32_library()}"
+
+
+def test_more_processes_than_gpus_share_them_over_gloo_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(CudaDevice, "current", lambda self: torch.device("cuda", chosen[-1]))
+    assert CudaDevice().setup(1) == torch.device("cuda", 1)
+    with pytest.raises(
+        ValueError, match="local rank 2 has no GPU, this machine has 2; .*--distributed-backend gloo"
+    ):
+        CudaDevice().setup(2)
+    assert CudaDevice().setup(3, shared=True) == torch.device("cuda", 1)
 
 
 def test_install_is_idempotent(leaf: ModuleType) -> None:

@@ -1,6 +1,6 @@
 """One torchrun launch that trains models under the named layouts and writes the losses as JSON.
 
-    layouts_worker.py FOLDER LAYOUT [LAYOUT ...]
+    layouts_worker.py FOLDER BACKEND LAYOUT [LAYOUT ...]
 
 A layout with fewer ranks than were started uses the first ones: the process group is made anew for each.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from megatron_sharedproj.arguments import build_parser, run_config
 from megatron_sharedproj.device import get_device
 from megatron_sharedproj.quiet import quiet_libraries
 
+TESTS = Path(__file__).resolve().parents[1]
 STEPS = 20
 SAVED_AT = 10
 
@@ -242,10 +244,11 @@ def draw_streams() -> list[list[float]]:
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
     distributed.seed_all(7, data_parallel_offset=True)
-    default = torch.rand(1)
+    device = get_device().current()
+    default = torch.rand(1, device=device)
     with get_cuda_rng_tracker().fork():
-        tracked = torch.rand(1)
-    rows = [torch.zeros(2) for _ in range(torch.distributed.get_world_size())]
+        tracked = torch.rand(1, device=device)
+    rows = [torch.zeros(2, device=device) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(rows, torch.cat([default, tracked]))
     return [row.tolist() for row in rows]
 
@@ -266,11 +269,26 @@ def flags_of(folder: Path, layout: Layout, model: str) -> list[str]:
     return tiny.flags(folder / "tiny_text_document", variant, groups, train_iters=STEPS, **values)
 
 
+def launch(folder: Path, layouts: list[str], backend: str = "gloo") -> dict[str, Any]:
+    """Train under the layouts in one torchrun launch: layout -> model -> [loss, gradient norm] per step."""
+    tiny.write_data(folder)
+    paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    ranks = max(LAYOUTS[name].ranks for name in layouts)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command += [str(Path(__file__)), str(folder), backend, *layouts]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads((folder / "losses.json").read_text())
+
+
 def main() -> None:
     quiet_libraries()
-    folder, chosen = Path(sys.argv[1]), sys.argv[2:]
+    folder, backend, chosen = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
     rank, started = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    get_device().install()
+    device = get_device()
+    device.install()
+    device.setup(int(os.environ["LOCAL_RANK"]), shared=backend == "gloo")
     from megatron_sharedproj.layers import specs
 
     usual = specs.SharedProjectionLinear
@@ -282,11 +300,11 @@ def main() -> None:
             continue
         os.environ["WORLD_SIZE"] = str(layout.ranks)
         torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{folder}/store{index}", rank=rank, world_size=layout.ranks
+            backend, init_method=f"file://{folder}/store{index}", rank=rank, world_size=layout.ranks
         )
         line = flags_of(folder, layout, next(iter(layout.models)))
         config = run_config(build_parser().parse_args(line), tiny.VOCAB, layout.ranks)
-        distributed.initialize(get_device(), **distributed.group_sizes(config.parallel))
+        distributed.initialize(device, backend=backend, **distributed.group_sizes(config.parallel))
         results[name] = {"streams": draw_streams()}
         specs.SharedProjectionLinear = gathering_linear() if layout.gathers else usual
         if layout.models is DEEP:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import tiny
 from layouts_worker import (
     BATCH,
     DEEP,
@@ -24,10 +19,10 @@ from layouts_worker import (
     STEPS,
     TIED,
     WITH_SCHEMES,
+    launch,
 )
 from megatron_sharedproj.formulas_memory import in_flight
 
-TESTS = Path(__file__).resolve().parents[1]
 # fp32 sums in another order: the largest difference seen over all of these was 2.2e-6 of the value (a
 # gradient norm of Q-MQA under TP2xPP2).
 TOLERANCE = 5e-6
@@ -37,18 +32,6 @@ FEW = ["TP2 gathering rows", "TP4 few groups", "TP2 few groups"]
 SHARDED = ["PP2 interleaved xDP2 sharded", "TP2xDP2 sharded", "one sharded"]
 # Layout -> those whose checkpoints went on under it.
 CARRIED_DEEP = {"PP2": ["one"], "TP2xPP2": ["PP2 interleaved"], "deep gathered": ["TP2xPP2"]}
-
-
-def launch(folder: Path, layouts: list[str]) -> dict[str, Any]:
-    """Train under the layouts in one torchrun launch: layout -> model -> [loss, gradient norm] per step."""
-    tiny.write_data(folder)
-    paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    command += [str(TESTS / "distributed" / "layouts_worker.py"), str(folder), *layouts]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return json.loads((folder / "losses.json").read_text())
 
 
 @pytest.fixture(scope="module")
