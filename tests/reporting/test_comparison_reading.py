@@ -19,6 +19,7 @@ from megatron_sharedproj.reporting.comparison_report.statistics import (
     padded_tokens,
     paired,
     paper_changes,
+    shown_when_padded,
 )
 from megatron_sharedproj.reporting.comparison_report.summary import summary
 
@@ -53,6 +54,22 @@ def test_figures_of_a_whole_comparison(write_comparison: Writer) -> None:
     assert model.parameters == formulas.parameters(model.config)["total"]
     assert comparison.baseline.cache_bytes == 2 * model.cache_bytes == 2 * 2 * 64 * 2 * 2 // 2
     assert padded_tokens(comparison) == (2000, 800)
+
+
+def test_what_padding_leaves_of_a_difference(write_comparison: Writer) -> None:
+    """Of every pair, also of models that the seeds do not tell from the baseline."""
+    comparison = read_comparison(write_comparison())
+    shown = shown_when_padded(comparison)
+    assert shown is not None and shown.pairs == 3 * (len(comparison.models) - 1)
+    assert (shown.share, shown.lowest, shown.highest) == pytest.approx((0.4, 0.4, 0.4))
+    folder = write_comparison("other")
+    edit(folder / "runs/qk_eq_v_1234/perplexity.json", lambda c: c["padded"].update(loss=3.0))
+    changed = shown_when_padded(read_comparison(folder))
+    assert changed is not None and changed.share != pytest.approx(0.4) and changed.pairs == shown.pairs
+    for run in (folder / "runs").iterdir():
+        if (run / "perplexity.json").exists():
+            edit(run / "perplexity.json", lambda c: c["padded"].update(real_tokens=2000))
+    assert shown_when_padded(read_comparison(folder)) is None
 
 
 def test_paired_changes_by_hand(write_comparison: Writer) -> None:

@@ -163,3 +163,45 @@ def padded_tokens(comparison: Comparison) -> tuple[int, int] | None:
             part = run.records["perplexity"]["padded"]
             return int(part["tokens"]), int(part["real_tokens"])
     return None
+
+
+@dataclass(frozen=True)
+class Shown:
+    """How much of a difference in packed loss the padded loss shows.
+
+    Attributes:
+        share: slope through zero, by least squares; lowest, highest: quotients of single pairs;
+        pairs: a model's checkpoint and the baseline's of the same seed, each.
+    """
+
+    share: float
+    lowest: float
+    highest: float
+    pairs: int
+
+
+def shown_when_padded(comparison: Comparison) -> Shown | None:
+    """From the differences in nats of all checkpoints, whichever way they point.
+
+    A mean that the seeds do not tell from zero has no quotient, but each of its pairs has one: padding is
+    read alike by both, so that a difference on the real tokens is diluted. None below three pairs, or where
+    no position that is scored holds padding.
+    """
+    scored = padded_tokens(comparison)
+    if scored is None or scored[0] == scored[1]:
+        return None
+    others = {model.name: model for model in comparison.models if model is not comparison.baseline}
+    packed = [paired(m, comparison.baseline, "packed_loss", percent=False) for m in others.values()]
+    padded = [paired(m, comparison.baseline, "padded_loss", percent=False) for m in others.values()]
+    points = [
+        (real.by_seed[seed], read.by_seed[seed])
+        for real, read in zip(packed, padded, strict=True)
+        if real is not None and read is not None
+        for seed in real.by_seed
+        if seed in read.by_seed and real.by_seed[seed]
+    ]
+    if len(points) < 3:
+        return None
+    quotients = [y / x for x, y in points]
+    share = sum(x * y for x, y in points) / sum(x * x for x, _ in points)
+    return Shown(share, min(quotients), max(quotients), len(points))

@@ -7,7 +7,12 @@ from collections.abc import Sequence
 
 from megatron_sharedproj.experiments.statistics import spread
 from megatron_sharedproj.reporting.comparison_report.reading import Comparison, Family, Model
-from megatron_sharedproj.reporting.comparison_report.statistics import Change, changes, padded_tokens
+from megatron_sharedproj.reporting.comparison_report.statistics import (
+    Change,
+    changes,
+    padded_tokens,
+    shown_when_padded,
+)
 
 ABSENT = "-"
 
@@ -144,7 +149,14 @@ def _padding(comparison: Comparison) -> str:
         if model.name in padded and model.name in packed and packed[model.name].estimate.sign:
             new, old = padded[model.name].estimate.mean, packed[model.name].estimate.mean
             each.append(f"{model.label} {percent(new)} instead of {percent(old)}")
-    return f"{start}{', and the changes told apart above ' + joined(each) if each else ''}."
+    shown = shown_when_padded(comparison)
+    diluted = (
+        f"; a difference between two checkpoints in packed loss shows in the padded one with "
+        f"{shown.share:.2f} of its size ({shown.pairs} pairs)"
+        if shown
+        else ""
+    )
+    return f"{start}{', and the changes told apart above ' + joined(each) if each else ''}{diluted}."
 
 
 def _recall(comparison: Comparison) -> str:

@@ -13,6 +13,7 @@ from megatron_sharedproj.reporting.comparison_report.statistics import (
     Change,
     changes,
     padded_tokens,
+    shown_when_padded,
 )
 from megatron_sharedproj.reporting.comparison_report.summary import (
     ABSENT,
@@ -195,6 +196,13 @@ def padding_blocks(chapter: Chapter) -> list[Block]:
         f"{comparison.baseline.label} (95 % interval); their quotient is given where the packed one is told "
         "apart from zero."
     )
+    shown = shown_when_padded(comparison)
+    if shown:
+        text += (
+            f" Over all {shown.pairs} pairs of a checkpoint and the baseline's of the same seed, whichever "
+            f"is lower, the padded losses differ by {shown.share:.2f} of what the packed ones do (least "
+            f"squares through zero; single pairs {shown.lowest:.2f} to {shown.highest:.2f})."
+        )
     head = ["model", "packed perplexity", "padded perplexity", "packed change", "padded change"]
     return [
         Heading(chapter.level, "What padding does to the figures"),
