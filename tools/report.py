@@ -58,7 +58,10 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--output-dir {output}: holds the runs themselves; give another folder")
     comparisons = [read_comparison(folder) for folder in args.folders]
     new_figure()  # says so if matplotlib is missing
-    written = write_report(comparisons, output, copies=not args.no_records)
+    try:
+        written = write_report(comparisons, output, copies=not args.no_records)
+    except OSError as error:
+        raise OSError(f"--output-dir {output}: cannot be written ({error}); give another folder") from None
     for comparison in comparisons:
         for line in problems(comparison):
             print(f"note: {line}", file=sys.stderr)

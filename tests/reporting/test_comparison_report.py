@@ -202,3 +202,5 @@ def test_tool(write_comparison: Writer, tmp_path: Path, capsys: pytest.CaptureFi
         assert report.main(args) == 2
         error = capsys.readouterr().err
         assert message in error and error.startswith("error: ") and error.count("\n") == 1
+    assert report.main([str(folder), "--output-dir", "/proc/report"]) == 1
+    assert capsys.readouterr().err.startswith("error: --output-dir /proc/report: cannot be written (")
