@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -52,7 +53,7 @@ class Job:
         script.write_text((ROOT / "examples" / "slurm" / "pretrain.sbatch").read_text())
         job = {
             "JOB": str(folder),
-            "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}",
+            "PATH": os.pathsep.join([str(commands), str(Path(sys.executable).parent), os.environ["PATH"]]),
             "PYTHONPATH": str(ROOT),
             "SLURM_SUBMIT_DIR": str(ROOT),
             "SLURM_JOB_ID": str(os.getpid()),

@@ -153,6 +153,7 @@ def test_elastic_agent_starts_a_killed_rank_again(tmp_path: Path) -> None:
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         "NPROC": "1",
         "MAX_RESTARTS": "1",
         "SAVE": str(tmp_path),
