@@ -22,7 +22,7 @@ try:
 except ModuleNotFoundError:  # a bare clone
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_sharedproj.command_line import Parser, positive_int, print_error
+from megatron_sharedproj.command_line import Parser, positive_int, run_experiment
 from megatron_sharedproj.experiments.jobs import ROOT, Job, run_jobs, script, steps_share, torchrun
 from megatron_sharedproj.experiments.speeches import data_flags, data_jobs, validation_data
 from megatron_sharedproj.experiments.statistics import mean_and_deviation, spread
@@ -156,31 +156,27 @@ def plot(rows: list[dict[str, Any]], output: Path) -> None:
     save_figure(figure, output)
 
 
+def run(args: argparse.Namespace) -> None:
+    """Train what is not there yet, and write the table. ValueError for a mistake, before anything is run."""
+    args.format = None
+    if args.steps < 10:
+        raise ValueError(f"--steps {args.steps}: must be at least 10")
+    if args.processes not in (1, 2, 4, 8, 16):
+        raise ValueError(f"--processes {args.processes}: must divide 16")
+    if args.output and not args.output.parent.is_dir():
+        raise ValueError(f"--output {args.output}: {args.output.parent} is not a folder")
+    if args.plot:
+        check_plot(args.plot)
+    run_jobs(jobs_of(args), args.folder, at_once=args.at_once)
+    rows = rows_of(args)
+    if args.plot:
+        plot(rows, args.plot)
+    write_rows(rows, COLUMNS, args, [f"{args.steps} steps of 4,096 tokens; mean +- deviation"])
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0, 2 for a mistake or a failed run, 130 after Ctrl-C (the same command goes on)."""
-    args = build_parser().parse_args(argv)
-    args.format = None
-    try:
-        if args.steps < 10:
-            raise ValueError(f"--steps {args.steps}: must be at least 10")
-        if args.processes not in (1, 2, 4, 8, 16):
-            raise ValueError(f"--processes {args.processes}: must divide 16")
-        if args.output and not args.output.parent.is_dir():
-            raise ValueError(f"--output {args.output}: {args.output.parent} is not a folder")
-        if args.plot:
-            check_plot(args.plot)
-        run_jobs(jobs_of(args), args.folder, at_once=args.at_once)
-        rows = rows_of(args)
-        if args.plot:
-            plot(rows, args.plot)
-        write_rows(rows, COLUMNS, args, [f"{args.steps} steps of 4,096 tokens; mean +- deviation"])
-    except ValueError as error:
-        print_error(error)
-        return 2
-    except KeyboardInterrupt as interrupt:
-        print_error(f"interrupted; {interrupt}")
-        return 130
-    return 0
+    return run_experiment(build_parser(), run, argv)
 
 
 if __name__ == "__main__":
