@@ -71,6 +71,7 @@ def initialize(
             pipeline_model_parallel_size=pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
             context_parallel_size=context_parallel_size,
+            distributed_timeout_minutes=timeout_minutes,  # its default is 30, not the default group's
         )
     seed_all(seed)
     return local
