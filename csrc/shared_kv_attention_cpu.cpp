@@ -41,6 +41,8 @@ const Kernels& kernels() {
   return *chosen;
 }
 
+constexpr int64_t kTurns = 16;  // that a thread takes on average, if there are as many tasks
+
 struct Free {
   void operator()(char* memory) const { std::free(memory); }
 };
@@ -59,8 +61,9 @@ char* thread_scratch(int64_t bytes) {
   return memory.get();
 }
 
-// Tasks differ in length (a causal mask, packed sequences): each thread takes the next one when it is free.
-const char* run(int64_t count, int64_t scratch_bytes, Task task, void* context) {
+// Tasks differ in length (a causal mask, packed sequences): each thread takes the next `turn` ones when it is
+// free.
+const char* run(int64_t turn, int64_t count, int64_t scratch_bytes, Task task, void* context) {
   std::atomic<int64_t> next{0};
   std::atomic<bool> out_of_memory{false};
   const auto work = [&] {
@@ -69,7 +72,9 @@ const char* run(int64_t count, int64_t scratch_bytes, Task task, void* context) 
       out_of_memory = true;
       return;
     }
-    for (int64_t index = next++; index < count; index = next++) task(context, index, scratch);
+    for (int64_t first = next.fetch_add(turn); first < count; first = next.fetch_add(turn))
+      for (int64_t index = first; index < count && index < first + turn; ++index)
+        task(context, index, scratch);
   };
   const int64_t threads = count < at::get_num_threads() ? count : at::get_num_threads();
   if (threads <= 1 || at::in_parallel_region()) {
@@ -78,6 +83,16 @@ const char* run(int64_t count, int64_t scratch_bytes, Task task, void* context) 
     at::parallel_for(0, threads, 1, [&](int64_t, int64_t) { work(); });
   }
   return out_of_memory && next < count ? "out of memory for the kernel's scratch space" : nullptr;
+}
+
+const char* run_singly(int64_t count, int64_t scratch_bytes, Task task, void* context) {
+  return run(1, count, scratch_bytes, task, context);
+}
+
+// For many tasks of one length, each of which fetches what the one behind it reads.
+const char* run_in_turns(int64_t count, int64_t scratch_bytes, Task task, void* context) {
+  const int64_t turn = count / (kTurns * at::get_num_threads());
+  return run(turn < 1 ? 1 : turn, count, scratch_bytes, task, context);
 }
 
 const char* check(DType dtype, int32_t heads, int32_t groups, int32_t head_size) {
@@ -100,17 +115,17 @@ const char* check(const Problem& problem) {
 
 const char* forward(const ForwardParams& params) {
   if (const char* error = check(params.problem)) return error;
-  return kernels().forward(params, run);
+  return kernels().forward(params, run_singly);
 }
 
 const char* backward(const BackwardParams& params) {
   if (const char* error = check(params.problem)) return error;
-  return kernels().backward(params, run);
+  return kernels().backward(params, run_singly);
 }
 
 const char* decode(const DecodeParams& params) {
   if (const char* error = check(params.dtype, params.heads, params.groups, params.head_size)) return error;
-  return kernels().decode(params, run);
+  return kernels().decode(params, run_in_turns);
 }
 
 const char* capability() { return kernels().capability; }

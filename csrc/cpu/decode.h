@@ -18,7 +18,7 @@ constexpr int64_t kSplitKeys = 512;
 constexpr int kLaneRows = 10;
 // Keys read twice should lie in the nearest cache the second time.
 constexpr int64_t kBlockBytes = 32 << 10;
-constexpr int64_t kAheadBytes = 4 << 10;        // how far ahead of the reads memory is fetched
+constexpr int64_t kAgainBytes = 8 << 10;        // how far ahead of the reads memory is fetched again
 constexpr int kMostRows = kWidth >= 8 ? 8 : 4;  // query rows of a register tile
 
 template <class Input>
@@ -58,7 +58,8 @@ struct RowTask {
   int padded;               // elements of a row, in whole chunks
   Input* queries;           // [groups + kWidth, rows, padded]: the first groups again behind the last
   RowStates states;
-  float *scores, *weights;
+  float* scores;
+  uint32_t* weights;  // floats, or pairs of bf16
 
   static int64_t bytes(const DecodeParams& p, int groups) {
     const int64_t rows = p.heads / p.groups * p.seqlen_q, all = rows * groups + kWidth,
@@ -78,7 +79,7 @@ struct RowTask {
                    scratch.take<float>(task.lanes), scratch.take<int32_t>(task.lanes),
                    scratch.take<float>(static_cast<int64_t>(task.lanes) * task.padded)};
     task.scores = scratch.take<float>(static_cast<int64_t>(task.lanes) * kKeys + kWidth);
-    task.weights = scratch.take<float>(static_cast<int64_t>(task.lanes) * kKeys);
+    task.weights = scratch.take<uint32_t>(static_cast<int64_t>(task.lanes) * kKeys);
     return task;
   }
 
@@ -117,37 +118,62 @@ SHAREDPROJ_INLINE void in_pieces(int rows, Body body) {
   if (r < rows) body(r, Constant<1>{});
 }
 
+// Fetches for the reads of a block: the rows at `next`, laid out by `strides`, of `part` of their `parts`
+// equal parts, the block's keys one after the other in memory where that is possible.
+inline Ahead ahead_of(const char* next, const Strides& strides, int64_t element, int e, int groups, int count,
+                      int part, int parts, bool by_group) {
+  const int64_t row = e * element / parts, seq = strides.seq * element, head = strides.head * element;
+  const int lines = static_cast<int>((row + 63) / 64);
+  if (groups > 1 && seq == groups * head && head == e * element) {  // one run
+    next += part * row * groups * count;
+    return by_group ? Ahead{next, row, count * row, lines} : Ahead{next, groups * row, row, lines};
+  }
+  if (seq == e * element) return {next + part * row * count, row, head, lines};  // a run of each group
+  return {next + part * row, seq, head, lines};
+}
+
 // A split in which every group has few query rows. Each block's keys are scored in one pass in memory order
-// and are in a near cache when they are weighed; meanwhile a quarter of the next block is fetched.
+// and are in a near cache when they are weighed; meanwhile all of the next block is fetched: half of it
+// during each, or the keys during the first and the values during the second.
 template <class Input>
 inline void decode_rows(const DecodeContext<Input>& context, int64_t batch, int64_t begin, int64_t end,
                         float* out, float* lse, Scratch scratch) {
   const DecodeParams& p = *context.params;
   const int e = p.head_size, together = groups_together(p);
+  const bool tied = p.value == nullptr;
+  const int64_t length = decode_length(p, batch);
+  constexpr int64_t element = sizeof(Input);
   RowTask<Input> task = RowTask<Input>::take(scratch, p, together);
-  const auto bytes = [](int64_t elements) { return elements * static_cast<int64_t>(sizeof(Input)); };
-  const int64_t key_bytes = bytes(static_cast<int64_t>(together) * e);
   int step = kKeys;
-  while (step > 16 && step * key_bytes > kBlockBytes) step /= 2;
-  RowBlock<Input> keys = {nullptr, p.key_strides.seq, p.key_strides.head, together, 0, kAheadBytes, 0};
-  if (!keys.one_run()) keys.ahead = bytes(keys.seq) * (kAheadBytes / key_bytes + 1);
+  while (step > 16 && step * together * e * element > kBlockBytes) step /= 2;
+  RowBlock<Input> keys = {nullptr, p.key_strides.seq, p.key_strides.head, together, 0, kAgainBytes, 0};
+  const bool by_group = task.rows >= kGroupRows && together > 1;
+  if (by_group)
+    keys.again = element * keys.head * (kAgainBytes / (step * e * element) + 1);
+  else if (!keys.one_run())
+    keys.again = element * keys.seq * (kAgainBytes / (together * e * element) + 1);
   for (int64_t group = 0; group < p.groups; group += together) {
     const int64_t seen_by_all = task.reset(p, batch, group);
     for (int64_t first = begin; first < end; first += step) {
       const int count = static_cast<int>(end - first < step ? end - first : step);
       keys.rows = cache_row<Input>(p, p.key, p.key_strides, batch, first, group);
       keys.count = count;
-      const Input* values = keys.rows;
-      Strides strides = p.key_strides;
-      if (p.value != nullptr) {
-        strides = p.value_strides;
-        values = cache_row<Input>(p, p.value, strides, batch, first, group);
-        if (strides.seq == keys.seq && strides.head == keys.head) keys.other = bytes(values - keys.rows);
-      }
+      const void* value = tied ? p.key : p.value;
+      const Strides& strides = tied ? p.key_strides : p.value_strides;
+      const Input* values = cache_row<Input>(p, value, strides, batch, first, group);
+      if (!tied && strides.seq == keys.seq && strides.head == keys.head)
+        keys.other = element * (values - keys.rows);
+      const int64_t next = first + step < length ? first + step : first;
+      const auto ahead = [&](const void* base, const Strides& strides, int part) {
+        const Input* rows = cache_row<Input>(p, base, strides, batch, next, group);
+        return ahead_of(reinterpret_cast<const char*>(rows), strides, element, e, together, count,
+                        tied ? part : 0, tied ? 2 : 1, part == 1 || by_group);
+      };
+      const Ahead ahead_keys = ahead(p.key, p.key_strides, 0), ahead_values = ahead(value, strides, 1);
       in_pieces<kMostRows>(task.rows, [&](int r, auto several) SHAREDPROJ_INLINED {
         const auto with = [&](auto chunks) SHAREDPROJ_INLINED {
           score_rows<Input, several.value, chunks.value>(task.scores + r, task.queries + r * task.padded,
-                                                         task.padded, task.rows, keys, e);
+                                                         task.padded, task.rows, keys, e, ahead_keys);
         };
         if (task.padded == 2 * RowReader<Input>::chunk)
           with(Constant<2>{});
@@ -156,18 +182,15 @@ inline void decode_rows(const DecodeContext<Input>& context, int64_t batch, int6
         else
           with(Constant<0>{});
       });
-      softmax_rows(task.weights, task.scores, task.rows * together, count, first, first + count > seen_by_all,
-                   p.scale * kLog2e, task.states);
-      const char* ahead = reinterpret_cast<const char*>(keys.rows + count * keys.seq);
-      const int64_t ahead_step = bytes(e) / 4;
-      const int64_t ahead_head = keys.one_run() ? count * ahead_step : bytes(keys.head);
+      softmax_rows<Input>(task.weights, task.scores, task.rows * together, count, first,
+                          first + count > seen_by_all, p.scale * kLog2e, task.states);
       for (int g = 0; g < together; ++g) {
         in_pieces<4>(task.rows, [&](int r, auto several) SHAREDPROJ_INLINED {
           const int row = g * task.rows + r;
           weigh_rows<Input, several.value>(task.states.out + static_cast<int64_t>(row) * task.padded,
                                            task.padded, task.states.rescale + row, task.weights + row,
                                            task.lanes, values + g * strides.head, strides.seq, count, e,
-                                           ahead + g * ahead_head, ahead_step);
+                                           ahead_values.row(0, g), ahead_values.seq, ahead_values.lines);
         });
       }
     }
