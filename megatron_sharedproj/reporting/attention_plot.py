@@ -71,7 +71,11 @@ def attention_figure(rows: Sequence[Row]) -> Any:
     figure.suptitle("; ".join(machines), fontsize=10)
     order = [*(name for name in _STYLES if name in handles), "roofline"]
     figure.legend(
-        [handles[name] for name in order], order, loc="outside lower center", ncols=len(order), fontsize=9
+        [handles[name] for name in order],
+        order,
+        loc="outside lower center",
+        ncols=min(len(order), 2 * columns),  # two fit below a panel
+        fontsize=9,
     )
     return figure
 

@@ -293,6 +293,9 @@ def test_plot_has_a_panel_per_kind_of_case() -> None:
     rates = [case.flops() / floor / 1e12 for case, floor in zip(cases[:2], floors, strict=False)]
     assert list(forward.get_lines()[-1].get_ydata()) == pytest.approx(rates, rel=1e-3)
     assert list(decode.get_lines()[-1].get_ydata()) == pytest.approx([1e3 * floors[2]], rel=1e-3)
+    figure = attention_figure([*rows, *({**row, "implementation": "extension_separate"} for row in alias)])
+    figure.canvas.draw()
+    assert figure.legends[0].get_window_extent().width < figure.bbox.width
     with pytest.raises(ValueError, match="no row to plot"):
         attention_figure([])
 
