@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Decode speed on a CPU against context: this package's engine with K=V and with qkv, and transformers.
+"""Decode speed against context, on a CPU or a GPU: our engine with K=V and with qkv, and transformers.
 
 All of them decode with a random model of one shape (its K=V or its qkv form) over caches filled with random
 entries, not prefilled, in turn: each once per round, in random order. A step is what generation does per
@@ -149,7 +149,7 @@ def fill(tensor: Any) -> None:
     import torch
 
     flat = tensor.view(-1, *tensor.shape[-2:])
-    block = torch.randn(64, *flat.shape[1:]).to(tensor.dtype)
+    block = torch.randn(64, *flat.shape[1:], device=tensor.device).to(tensor.dtype)
     for part in flat.split(64):
         part.copy_(block[: part.shape[0]])
 
@@ -157,11 +157,11 @@ def fill(tensor: Any) -> None:
 class Ours:
     """This package's engine, one decode step at a time."""
 
-    def __init__(self, config: Any, dtype: Any, cache: str, policy: str = "rotate_at_read"):
+    def __init__(self, config: Any, dtype: Any, device: Any, cache: str, policy: str = "rotate_at_read"):
         from megatron_sharedproj.model import build_model
 
         self.config, self.paged, self.policy = config, cache == "paged", policy
-        self.model = build_model(config, parallel_output=False, dtype=dtype).eval()
+        self.model = build_model(config, parallel_output=False, dtype=dtype).to(device).eval()
 
     def start(self, case: Case) -> Callable[[], Any]:
         """Fill a cache; returns the step."""
@@ -183,7 +183,7 @@ class Ours:
         context = CacheContext(self.cache)
         slots = [self.cache.allocate() for _ in range(case.batch)]
         self.cache.extend(slots, case.context)
-        tokens = torch.zeros(case.batch, 1, dtype=torch.long)
+        tokens = torch.zeros(case.batch, 1, dtype=torch.long, device=next(self.model.parameters()).device)
 
         @torch.inference_mode()  # as Engine.run
         def step() -> list[int]:
@@ -202,7 +202,7 @@ class Ours:
 class HuggingFace:
     """The exported form in transformers, with its own cache or ours."""
 
-    def __init__(self, config: Any, dtype: Any, cache: str):
+    def __init__(self, config: Any, dtype: Any, device: Any, cache: str):
         from transformers import AutoModelForCausalLM
 
         from megatron_sharedproj.conversion.config_map import hugging_face_config
@@ -210,8 +210,8 @@ class HuggingFace:
 
         values = hugging_face_config(config, vocab_size=config.padded_vocab_size, eos_token_id=0)
         values.pop("architectures"), values.pop("model_type")
-        self.config, self.dtype, self.kind = config, dtype, cache
-        self.model = AutoModelForCausalLM.from_config(SharedProjConfig(**values)).to(dtype).eval()
+        self.config, self.dtype, self.device, self.kind = config, dtype, device, cache
+        self.model = AutoModelForCausalLM.from_config(SharedProjConfig(**values)).to(device, dtype).eval()
 
     def start(self, case: Case) -> Callable[[], Any]:
         """Fill a cache; returns the step."""
@@ -229,11 +229,11 @@ class HuggingFace:
             self.cache = DynamicCache(config=config)
         g, e = self.config.num_query_groups, self.config.kv_channels
         for layer in range(self.config.num_layers):
-            stored = torch.empty(case.batch, case.context, g, e, dtype=self.dtype)
+            stored = torch.empty(case.batch, case.context, g, e, dtype=self.dtype, device=self.device)
             fill(stored)
             keys = stored.transpose(1, 2)
             self.cache.update(keys, keys, layer)  # as the model does: DynamicCache copies it twice
-        tokens = torch.zeros(case.batch, 1, dtype=torch.long)
+        tokens = torch.zeros(case.batch, 1, dtype=torch.long, device=self.device)
 
         def step() -> list[int]:
             logits = self.model(input_ids=tokens, past_key_values=self.cache, use_cache=True).logits
@@ -260,8 +260,8 @@ class Benchmark:
 
         if args.threads:
             torch.set_num_threads(args.threads)
-        distributed.initialize(get_device())
-        self.args, self.config, self.machine = args, config, get_machine("cpu")
+        device = distributed.initialize(get_device())
+        self.args, self.config, self.machine = args, config, get_machine(device.type)
         self.dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
         width = torch.tensor([], dtype=self.dtype).element_size()
         entries = {name: ({"attention_variant": variant}, "") for name, variant in CONTENDERS.items()}
@@ -277,9 +277,9 @@ class Benchmark:
             policies = {"policy": policy} if policy else {}
             self.per_token[name] = formulas.kv_cache_bytes_per_token(own, width, **policies)
             self.contenders[name] = (
-                HuggingFace(own, self.dtype, CACHES.get(name, "dynamic"))
+                HuggingFace(own, self.dtype, device, CACHES.get(name, "dynamic"))
                 if name.startswith("transformers")
-                else Ours(own, self.dtype, args.cache, **policies)
+                else Ours(own, self.dtype, device, args.cache, **policies)
             )
         # transformers' own caches store a tied tensor twice.
         for name in {"transformers, StaticCache", HF_BASELINE} & set(entries):

@@ -4,8 +4,9 @@
 #   bash benchmarks/gpu_all.sh [--output FOLDER] [STAGE ...]
 #
 # Stages: build, test, sanitize, bench, train, generate (all, in this order, without arguments). A stage that is done is skipped
-# when the script runs again with the same folder; the benchmark goes on where it was stopped. Each stage stops
-# by itself after STAGE_SECONDS (default 470). PYTHON chooses the interpreter, which needs a torch with CUDA,
+# when the script runs again with the same folder; the benchmark goes on where it was stopped. Each command of a
+# stage stops by itself after STAGE_SECONDS (default 470); a stage that failed or ran out of time is named at
+# the end (exit code 1), and the ones behind it run all the same. PYTHON chooses the interpreter, which needs a torch with CUDA,
 # pytest and setuptools; what it measured is left in FOLDER (default benchmarks/results) as dated CSV files.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -86,6 +87,7 @@ generate() {
     --output "$output/generation-$name-$commit.csv" --plot "$output/generation-$name-$commit.png"
 }
 
+failed=()
 for stage in "${stages[@]}"; do
   stamp="$done_folder/$stage-$commit"
   if [ -e "$stamp" ]; then
@@ -94,7 +96,21 @@ for stage in "${stages[@]}"; do
   fi
   echo "== $stage ($(date +%H:%M:%S))"
   start=$SECONDS
-  case "$stage" in test) test_stage ;; *) "$stage" ;; esac
-  touch "$stamp"
+  # Not as a condition: bash would not stop at a stage's first error there.
+  set +e
+  (
+    set -e
+    case "$stage" in test) test_stage ;; *) "$stage" ;; esac
+  )
+  status=$?
+  set -e
+  case "$status" in
+    0) touch "$stamp" ;;
+    124) failed+=("$stage (out of time after STAGE_SECONDS=$seconds)") ;;
+    130) exit 130 ;;
+    *) failed+=("$stage (exit code $status)") ;;
+  esac
   echo "== $stage: $((SECONDS - start)) s"
+  [ "$stage" != build ] || [ "$status" = 0 ] || break # nothing else runs without it
 done
+[ ${#failed[@]} = 0 ] || { printf 'error: %s\n' "${failed[@]}" >&2; exit 1; }
