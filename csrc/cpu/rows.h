@@ -127,6 +127,20 @@ struct RowBlock {
 // Keeps pointers as running ones: the compiler would compute all of a tile's beforehand and spill them.
 #define SHAREDPROJ_STEP(a, b, c) asm("" : "+r"(a), "+r"(b), "+r"(c))
 
+// Calls read(k, mask) for each chunk of a row, from element k on; 0 chunks: as many as e needs.
+template <class Input, int chunks, class Read>
+SHAREDPROJ_INLINE void in_chunks(int e, Read read) {
+  using Reader = RowReader<Input>;
+  const auto mask = Reader::mask(e % Reader::chunk == 0 ? Reader::chunk : e % Reader::chunk),
+             full = Reader::mask(Reader::chunk);
+#pragma GCC unroll 4
+  for (int k = 0; k < (chunks - 1) * Reader::chunk; k += Reader::chunk) read(k, full);
+  int k = (chunks - 1) * Reader::chunk;
+  if constexpr (chunks == 0)
+    for (k = 0; k + Reader::chunk < e; k += Reader::chunk) read(k, full);
+  read(k, mask);
+}
+
 // Scores of kWidth / rows successive keys of `stride`: lane n * rows + r holds query row r of the n-th.
 template <class Input, int rows, int chunks>
 SHAREDPROJ_INLINE Vector score_tile(const Input* query, int64_t query_stride, int64_t group_stride,
@@ -137,8 +151,6 @@ SHAREDPROJ_INLINE Vector score_tile(const Input* query, int64_t query_stride, in
   Vector acc[kWidth];
 #pragma GCC unroll 16
   for (int i = 0; i < kWidth; ++i) acc[i] = zero();
-  const auto mask = Reader::mask(e % Reader::chunk == 0 ? Reader::chunk : e % Reader::chunk),
-             full = Reader::mask(Reader::chunk);
 #pragma GCC unroll 16
   for (int n = 0; n < together; ++n) {
     const auto read = [&](int k, auto mask) SHAREDPROJ_INLINED {
@@ -151,12 +163,7 @@ SHAREDPROJ_INLINE Vector score_tile(const Input* query, int64_t query_stride, in
             dot<Reader::pairs>(acc[n * rows + r], units, Reader::read(query + r * query_stride + k, mask));
     };
     fetch(ahead, lines);
-#pragma GCC unroll 4
-    for (int k = 0; k < (chunks - 1) * Reader::chunk; k += Reader::chunk) read(k, full);
-    int k = (chunks - 1) * Reader::chunk;
-    if constexpr (chunks == 0)
-      for (k = 0; k + Reader::chunk < e; k += Reader::chunk) read(k, full);
-    read(k, mask);
+    in_chunks<Input, chunks>(e, read);
     keys += stride;
     query += group_stride;
     ahead += ahead_stride;
@@ -175,8 +182,6 @@ SHAREDPROJ_INLINE Vector score_group_tile(const Input* query, int64_t query_stri
   Vector acc[kWidth];
 #pragma GCC unroll 16
   for (int i = 0; i < kWidth; ++i) acc[i] = zero();
-  const auto mask = Reader::mask(e % Reader::chunk == 0 ? Reader::chunk : e % Reader::chunk),
-             full = Reader::mask(Reader::chunk);
   for (int n = 0; n < together; ++n) fetch(ahead + n * ahead_stride, lines);
   const auto read = [&](int k, auto mask) SHAREDPROJ_INLINED {
     Units units[together];
@@ -194,12 +199,7 @@ SHAREDPROJ_INLINE Vector score_group_tile(const Input* query, int64_t query_stri
         acc[n * rows + r] = dot<Reader::pairs>(acc[n * rows + r], units[n], q);
     }
   };
-#pragma GCC unroll 1
-  for (int k = 0; k < (chunks - 1) * Reader::chunk; k += Reader::chunk) read(k, full);
-  int k = (chunks - 1) * Reader::chunk;
-  if constexpr (chunks == 0)
-    for (k = 0; k + Reader::chunk < e; k += Reader::chunk) read(k, full);
-  read(k, mask);
+  in_chunks<Input, chunks>(e, read);
   return sums(acc);
 }
 
